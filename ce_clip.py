@@ -1,0 +1,788 @@
+"""Fine-tune CLIP on hard-negative captions with the CE-CLIP losses (arXiv 2306.08832, Eq. 1-8).
+
+    python ce_clip.py                                       # the toy world, on a CPU, in minutes
+    torchrun --nproc_per_node 2 ce_clip.py --data coco      # the paper's run (Sec. 4.1)
+    python ce_clip.py --data negatives.jsonl --images DIR --losses itc,hn,imc     # a row of Table 4
+
+Shape letters: B pairs in the global batch, b of them on this process, K = 4 kinds of negative in the
+order relation, attribute, action, object; L tokens, D embedding width. S(.,.) is always a logit,
+exp(logit_scale) * cosine. The same gradient comes out on any number of processes.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import negatives
+import toy
+from negatives import KINDS, BadInput
+
+# --------------------------------------------------------------------------------------------------
+# Losses (Sec. 3.2). Tensors in, scalar out: no args object, no files, no torch.distributed.
+#
+# Where the paper sums over the batch we take the mean over B, so that the learning rate and the
+# weights alpha and beta mean the same at every batch size (PROTOCOLS: the authors' code does too).
+# `valid` is True where a negative exists; a missing one counts in no loss and in no threshold.
+
+
+def _check(where: str, *expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if name == "valid" and tensor.dtype != torch.bool:
+            raise ValueError(f"{where}: valid must be bool (True = exists), not {tensor.dtype}")
+
+
+def itc_loss(sim: Tensor) -> Tensor:
+    """Image-text contrast within the batch, both directions. Eq. (1), Sec. 3.2.
+
+        L = 1/B * sum_i -( log e^S(I_i,T_i) / sum_j e^S(I_i,T_j)  +  log e^S(I_i,T_i) / sum_j e^S(I_j,T_i) )
+
+    sim      (B, B)  S(I_i, T_j), image by text
+    returns  ()      0 for B = 1, 2 log B at chance. Raises ValueError if `sim` is not square.
+    The directions are summed as printed: twice open_clip's ClipLoss, which averages them.
+    """
+    _check("itc_loss", ("sim", sim, (len(sim), len(sim))))
+    target = torch.arange(len(sim), device=sim.device)
+    return F.cross_entropy(sim, target) + F.cross_entropy(sim.T, target)
+
+
+def itc_hn_loss(sim: Tensor, sim_neg: Tensor, valid: Tensor) -> Tensor:
+    """Eq. (1) with the hard negatives as further texts of the image-to-text direction. Eq. (2).
+
+        L = 1/B * sum_i - log e^S(I_i,T_i) / sum_j e^S(I_j,T_i)
+          + 1/B * sum_i - log e^S(I_i,T_i) / ( sum_j e^S(I_i,T_j) + sum_jk e^S(I_i,T_jk) )
+
+    sim      (B, B)     S(I_i, T_j), image by text
+    sim_neg  (B, B, K)  S(I_i, T_jk), every image against every negative of the batch
+    valid    (B, K)     bool, True = negative k of caption j exists
+    returns  ()         Eq. (1) when nothing is valid or K = 0. Raises ValueError on a shape mismatch.
+    paper: T_hn, of the pair or of the batch / authors' code: of the batch, missing ones as "###" and
+    half of the sum / we: of the batch, without the missing ones.
+    """
+    B, K = len(sim), sim_neg.shape[-1]
+    _check(
+        "itc_hn_loss",
+        ("sim", sim, (B, B)),
+        ("sim_neg", sim_neg, (B, B, K)),
+        ("valid", valid, (B, K)),
+    )
+    target = torch.arange(B, device=sim.device)
+    hard = sim_neg.masked_fill(~valid, -torch.inf).flatten(1)  # (B, B*K)
+    image_to_text = F.cross_entropy(torch.cat([sim, hard], 1), target)
+    return F.cross_entropy(sim.T, target) + image_to_text
+
+
+def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
+    """Intra-modal contrast: push a caption away from its own negatives. Eq. (3).
+
+        L = 1/B * sum_i - log e^S(I_i,T_i) / sum_k e^S(T_i,T_ik)
+
+    pos       (B,)    S(I_i, T_i)
+    text_neg  (B, K)  S(T_i, T_ik), caption by its own negatives
+    valid     (B, K)  bool, True = exists; a caption without negatives adds 0
+    returns   ()      no lower bound: S(I,T) is in the numerator only, so the loss may go below 0, and
+                      is about 70 for a CLIP at a scale of 100. Raises ValueError on a shape mismatch.
+    Differs from the authors' code, see imc_loss_released.
+    """
+    B, K = text_neg.shape
+    _check("imc_loss", ("pos", pos, (B,)), ("valid", valid, (B, K)))
+    some = valid.any(1)  # (B,)
+    # rows without negatives are filled with 0 rather than -inf, whose gradient would be nan
+    text_neg = text_neg.masked_fill(~valid, -torch.inf).masked_fill(~some[:, None], 0)
+    if K == 0:
+        return (pos * 0).sum()
+    return torch.where(some, text_neg.logsumexp(1) - pos, 0).sum() / B
+
+
+def imc_loss_released(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
+    """Not the paper's: what the authors' released get_imc_loss computes in place of Eq. (3).
+
+        L = 1/B * sum_i - log e^S(T_i,T_n) / sum_jk e^S(T_i,T_jk),    T_n = first negative of the batch
+
+    pos       (B,)       unused: the released code has no image-text term
+    text_neg  (B, B, K)  S(T_i, T_jk), every caption against every negative of the batch
+    valid     (B, K)     bool, True = exists. The authors' "###" placeholders are live negatives.
+    returns   ()         0 when nothing is valid. Raises ValueError on a shape mismatch.
+    Every caption is pulled towards one and the same negative, whosever it is.
+    """
+    B, K = valid.shape
+    _check(
+        "imc_loss_released",
+        ("pos", pos, (B,)),
+        ("text_neg", text_neg, (B, B, K)),
+        ("valid", valid, (B, K)),
+    )
+    if not valid.any():
+        return (text_neg * 0).sum()
+    first = valid.flatten().float().argmax()
+    texts = text_neg.masked_fill(~valid, -torch.inf).flatten(1)  # (B, B*K)
+    return F.cross_entropy(texts, first.expand(B))
+
+
+def cmr_loss(pos: Tensor, neg: Tensor, threshold: Tensor, valid: Tensor) -> Tensor:
+    """Keep a pair ahead of its own hard negatives by a threshold per kind. Eq. (4) and (6).
+
+        L = 1/B * sum_i sum_k max(0, S(I_i,T_ik) - S(I_i,T_i) + Th_k)
+
+    pos        (B,)    S(I_i, T_i)
+    neg        (B, K)  S(I_i, T_ik), image by its own negatives
+    threshold  (K,)    Th_k: a constant (Eq. 4), or adaptive_threshold of the previous step (Eq. 6);
+                       no gradient flows into it
+    valid      (B, K)  bool, True = exists
+    returns    ()      0 when nothing is valid. Raises ValueError on a shape mismatch.
+    paper: sum over the batch / authors' code: also divides by K and counts missing negatives / we:
+    mean over B, sum over the kinds that exist.
+    """
+    B, K = neg.shape
+    _check("cmr_loss", ("pos", pos, (B,)), ("threshold", threshold, (K,)), ("valid", valid, (B, K)))
+    hinge = F.relu(neg - pos[:, None] + threshold.detach())  # (B, K)
+    return hinge.masked_fill(~valid, 0).sum() / B
+
+
+@torch.no_grad()
+def adaptive_threshold(
+    pos: Tensor,
+    neg: Tensor,
+    valid: Tensor,
+    upper_bound: float = 10.0,
+    previous: Tensor | None = None,
+) -> Tensor:
+    """The next step's threshold for each kind: the mean lead of a pair. Eq. (5), bounded by Eq. (7).
+
+        Th_k = min( u, mean over i where k exists of S(I_i,T_i) - S(I_i,T_ik) )
+
+    pos          (B,)    S(I_i, T_i)
+    neg          (B, K)  S(I_i, T_ik)
+    valid        (B, K)  bool, True = exists
+    upper_bound  u, in logits: 10 is a cosine of 0.10 at a scale of 100 (paper Sec. 4.4)
+    previous     (K,)    what a kind keeps that is absent from the whole batch; zeros by default
+    returns      (K,)    without gradient; may be negative. Raises ValueError on a shape mismatch.
+    paper: only an upper bound / authors' code: also clamps at 0, averages the two terms over
+    different captions, restarts at 0 every epoch, and is nan for an absent kind / we: Eq. (5), (7).
+    """
+    B, K = neg.shape
+    previous = pos.new_zeros(K) if previous is None else previous
+    _check(
+        "adaptive_threshold",
+        ("pos", pos, (B,)),
+        ("valid", valid, (B, K)),
+        ("previous", previous, (K,)),
+    )
+    count = valid.sum(0)  # (K,)
+    lead = (pos[:, None] - neg).masked_fill(~valid, 0).sum(0) / count.clamp(min=1)
+    return torch.where(count > 0, lead.clamp(max=upper_bound), previous)
+
+
+def ce_clip_loss(
+    sim: Tensor,
+    sim_neg: Tensor,
+    text_neg: Tensor,
+    threshold: Tensor,
+    valid: Tensor,
+    alpha: float = 0.2,
+    beta: float = 0.4,
+    imc: Callable[[Tensor, Tensor, Tensor], Tensor] = imc_loss,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_itc(hn) + alpha * L_imc + beta * L_cmr. Eq. (8).
+
+    sim        (B, B)     S(I_i, T_j)
+    sim_neg    (B, B, K)  S(I_i, T_jk); K = 0 leaves Eq. (1)
+    text_neg   (B, K)     S(T_i, T_ik); (B, B, K) for imc=imc_loss_released
+    threshold  (K,)       Th_k of the previous step
+    valid      (B, K)     bool, True = exists
+    alpha, beta           the paper's search found 0.2 and 0.4 (Sec. 4.1)
+    returns    the loss (), and {"itc", "imc", "cmr"}: its terms, unweighted
+    """
+    pos, neg = own_pairs(sim, sim_neg)
+    terms = {
+        "itc": itc_hn_loss(sim, sim_neg, valid),
+        "imc": imc(pos, text_neg, valid),
+        "cmr": cmr_loss(pos, neg, threshold, valid),
+    }
+    return terms["itc"] + alpha * terms["imc"] + beta * terms["cmr"], terms
+
+
+def own_pairs(sim: Tensor, sim_neg: Tensor) -> tuple[Tensor, Tensor]:
+    """pos (B,) = S(I_i, T_i) and neg (B, K) = S(I_i, T_ik), the diagonals of the batch's matrices."""
+    return sim.diagonal(), sim_neg.diagonal(dim1=0, dim2=1).T
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and checkpoints: any dual encoder of open_clip, and the toy world's
+
+
+class Loaded(NamedTuple):
+    """A model with what must travel with it: its name and config (so that the activation cannot be
+    lost), its two image transforms and its tokenizer."""
+
+    model: nn.Module
+    name: str
+    config: dict
+    train_transform: Callable
+    eval_transform: Callable
+    tokenizer: Callable
+
+
+def build_model(name: str, pretrained: str | None = None, config: dict | None = None) -> Loaded:
+    """A model by its open_clip name, "toy", or the path of an open_clip model config (.json).
+
+    pretrained  an open_clip tag, or a weights file; None = random weights
+    config      open_clip's model config, for a name that open_clip does not know
+    OpenAI's weights need QuickGELU, which open_clip 3 only warns about: we take the model's
+    -quickgelu twin. Raises BadInput.
+    """
+    if name.endswith(".json"):
+        name, config = Path(name).stem, read_json(Path(name))
+    config = toy.MODEL if name == "toy" and config is None else config
+    if pretrained == "openai" and open_clip.get_model_config(f"{name}-quickgelu"):
+        name += "-quickgelu"
+    if config and open_clip.get_model_config(name) != config:
+        with tempfile.TemporaryDirectory() as folder:
+            (path := Path(folder, f"{name}.json")).write_text(json.dumps(config))
+            open_clip.add_model_config(path)
+    if open_clip.get_model_config(name) is None:
+        raise BadInput(f"open_clip has no model {name!r} (a config file must end in .json)")
+    try:
+        parts = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+    except Exception as e:  # a hub error, a damaged file, a state dict of another model
+        reason = str(e).splitlines()[0]
+        raise BadInput(f"cannot load {pretrained!r} into {name}: {reason}") from e
+    tokenizer = toy.tokenize if name == "toy" else open_clip.get_tokenizer(name)
+    return Loaded(parts[0], name, open_clip.get_model_config(name), *parts[1:], tokenizer)
+
+
+def load_model(weights: str, name: str | None = None) -> Loaded:
+    """A checkpoint of ours (which knows its model), or a tag or file of weights for model `name`."""
+    if not Path(weights).is_file():
+        return build_model(name or "ViT-B-32-quickgelu", weights)
+    try:
+        saved = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        raise BadInput(f"{weights} is not a readable checkpoint: {str(e).splitlines()[0]}") from e
+    if "config" in saved and "model" in saved:
+        return build_model(saved["model"], weights, saved["config"])
+    if name is None:
+        raise BadInput(f"{weights} does not say which model it holds: give --model")
+    return build_model(name, weights)
+
+
+def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
+    """Atomic: the file is whole or absent. Plain tensors and numbers, so weights_only=True loads it,
+    and open_clip too: create_model_and_transforms(saved["model"], pretrained=path)."""
+    state = loaded.model.state_dict()
+    saved = {"model": loaded.name, "config": loaded.config, "state_dict": state, **more}
+    part = path.with_suffix(".part")
+    torch.save(saved, part)
+    os.replace(part, path)
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}") from e
+    except ValueError as e:
+        raise BadInput(f"{path} is not valid JSON: {e}") from e
+
+
+def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Unit text features (N, D) of tokens (N, L).
+
+    open_clip's CLIP attends causally and pools at the end-of-text token (the highest id), so that
+    cutting the batch after its last one changes nothing. Other text towers get their full length.
+    """
+    if type(model) is open_clip.CLIP and model.text_pool_type == "argmax":
+        length = int(tokens.argmax(1).max()) + 1 if len(tokens) else 1
+        cut = {
+            "positional_embedding": model.positional_embedding[:length],
+            "attn_mask": model.attn_mask[:length, :length],
+        }
+        forward = torch.func.functional_call
+        return forward(model, cut, (None, tokens[:, :length]))[1]
+    return model.encode_text(tokens, normalize=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes. Only `main`, `train` and `gather` know about ranks.
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of x of all processes in rank order, with gradient; x itself on one process.
+
+    Every process computes the same loss from the same gathered rows, so the gradient of its own rows
+    is the true one without communication; DistributedDataParallel then divides by the number of
+    processes, which the hook makes up for.
+    """
+    if world_size() == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows, x.detach().contiguous())
+    if x.requires_grad:
+        own = x.view_as(x)
+        own.register_hook(lambda grad: grad * world_size())
+        rows[rank()] = own
+    return torch.cat(rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: pictures with a caption and its negatives
+
+
+class Source(NamedTuple):
+    """A captions file with its pictures, below --data-root."""
+
+    captions: str
+    images: str
+    negatives: str
+    filler: str
+    get: str  # what a user without the files should do
+
+
+DATA = {
+    "toy": Source(
+        "toy/captions_train.json", "toy/images", "toy/negatives_train.jsonl", "ngram", ""
+    ),
+    "coco": Source(
+        "coco/annotations/captions_train2014.json",
+        "coco/train2014",
+        "coco/negatives_train2014.jsonl",
+        "mlm",
+        "http://images.cocodataset.org/annotations/annotations_trainval2014.zip and "
+        "http://images.cocodataset.org/zips/train2014.zip, unpacked in",
+    ),
+}
+
+
+def read_negatives(path: Path, images: Path) -> list[dict]:
+    """The records of a negatives file, "image" a path below `images`. Raises BadInput."""
+    records = []
+    try:
+        for number, line in enumerate(path.open(encoding="utf-8"), 1):
+            record = json.loads(line)
+            texts = [record["caption"], *(record[kind] for kind in KINDS)]
+            if not all(isinstance(t, str) for t in texts if t is not None) or texts[0] is None:
+                raise TypeError("captions are text or null")
+            records.append(record | {"image": str(images / record["image"])})
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise BadInput(
+            f"{path}, line {number}: not a record of negatives.py ({type(e).__name__}: {e})"
+        ) from e
+    pictures = dict.fromkeys(r["image"] for r in records)
+    missing = [p for p in pictures if not os.path.exists(p)]
+    if missing:
+        raise BadInput(
+            f"{len(missing)} of the {len(pictures)} pictures are missing: {missing[0]} ..."
+        )
+    return records
+
+
+def prepare(name: str, root: Path) -> tuple[Path, Path]:
+    """(negatives file, picture folder) of a named source; what can be made is made first."""
+    source = DATA[name]
+    captions, images, out = (root / p for p in source[:3])
+    if name == "toy" and not captions.exists():
+        toy.make_world(captions.parent)
+    for path in (captions, images):
+        if not path.exists():
+            raise BadInput(f"--data {name} needs {path}: get {source.get} {root / name}")
+    if not out.exists():
+        negatives.generate(captions, out, source.filler)
+    return out, images
+
+
+def load_image(path: str, transform: Callable) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+    except (OSError, ValueError) as e:
+        raise BadInput(f"cannot read the picture {path}: {e}") from e
+
+
+class Pairs(Dataset):
+    """Item (epoch, i) -> image (3, H, W), tokens (1 + K, L), valid (K,).
+
+    A picture's augmentation depends on (seed, epoch, i) alone, not on workers or processes.
+    """
+
+    def __init__(self, records, kinds, load, tokenizer, seed: int):
+        self.records, self.kinds, self.load = records, kinds, load
+        self.tokenizer, self.seed = tokenizer, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        epoch, i = key
+        record = self.records[i]
+        texts = [record["caption"], *(record[kind] or "" for kind in self.kinds)]
+        valid = torch.tensor([bool(t) for t in texts[1:]], dtype=torch.bool)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, epoch, i)) % 2**63)
+            return self.load(record["image"]), self.tokenizer(texts), valid
+
+
+def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """This process's share of each global batch of each epoch, as (epoch, index) keys.
+
+    The global batches are the same for any number of processes; the last, incomplete one is left out.
+    """
+    share = batch_size // world_size()
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+        order = torch.randperm(n, generator=generator).tolist()
+        for start in range(0, n - batch_size + 1, batch_size):
+            first = start + rank() * share
+            yield [(epoch, i) for i in order[first : first + share]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+class Encoder(nn.Module):
+    """What DistributedDataParallel wraps: one forward for the pictures and all captions that exist."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, tokens: Tensor, valid: Tensor):
+        """images (b, 3, H, W), tokens (b, 1 + K, L), valid (b, K) -> unit features image (b, D), text
+        (b, 1 + K, D), 0 where a negative is missing, and exp(logit_scale)."""
+        exists = F.pad(valid, (1, 0), value=True)  # (b, 1 + K)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            image = self.model.encode_image(images, normalize=True).float()
+            encoded = encode_text(self.model, tokens[exists]).float()
+        text = image.new_zeros(*exists.shape, image.shape[-1])
+        text[exists] = encoded
+        return image, text, self.model.logit_scale.exp()
+
+
+def similarities(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """image (B, D), text (B, 1 + K, D) -> sim (B, B), sim_neg (B, B, K), text_neg (B, B, K): images by
+    captions, images by negatives and captions by negatives, as logits."""
+    caption, negative = text[:, 0], text[:, 1:]
+    return (
+        scale * image @ caption.T,
+        scale * torch.einsum("id,jkd->ijk", image, negative),
+        scale * torch.einsum("id,jkd->ijk", caption, negative),
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """No decay of biases, gains, batch and layer norms, logit_scale [open_clip, authors' code]."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = {
+        n
+        for n, p in named
+        if p.ndim < 2 or any(s in n for s in ("bn", "ln", "bias", "logit_scale"))
+    }
+    return [
+        {"params": [p for n, p in named if n in plain], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n not in plain], "weight_decay": weight_decay},
+    ]
+
+
+def lr_factor(step: int, warmup: int, total: int) -> float:
+    """Linear warmup, then a cosine to 0; `step` from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class Objective(NamedTuple):
+    """What a value of --losses means: rows of Table 4 are settings of Eq. (8), not other code."""
+
+    kinds: tuple[str, ...]  # () leaves Eq. (1)
+    alpha: float
+    beta: float
+    imc: Callable
+
+    @classmethod
+    def parse(cls, losses: str, alpha: float, beta: float) -> "Objective":
+        terms = losses.split(",")
+        return cls(
+            KINDS if "hn" in terms else (),
+            alpha if {"imc", "imc_released"} & {*terms} else 0.0,
+            beta if "cmr" in terms else 0.0,
+            imc_loss_released if "imc_released" in terms else imc_loss,
+        )
+
+
+LOSSES = (
+    "itc",
+    "itc,hn",
+    "itc,hn,imc",
+    "itc,hn,cmr",
+    "itc,hn,imc,cmr",
+    "itc,hn,imc_released",
+    "itc,hn,imc_released,cmr",
+)
+
+
+def batch_loss(encoder, batch, threshold: Tensor, objective: Objective):
+    """(loss, its terms, pos (B,), neg (B, K), valid (B, K)) of one global batch, Eq. (8)."""
+    images, tokens, valid = batch
+    image, text, scale = encoder(images, tokens, valid)
+    image, text, valid = gather(image), gather(text), gather(valid)
+    sim, sim_neg, text_neg = similarities(image, text, scale)
+    if objective.imc is imc_loss:  # Eq. (3) knows a caption's own negatives only
+        text_neg = text_neg.diagonal(dim1=0, dim2=1).T  # (B, K)
+    _, alpha, beta, imc = objective
+    loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta, imc)
+    return loss, terms, *own_pairs(sim.detach(), sim_neg.detach()), valid
+
+
+def make_loader(args, records: list[dict], kinds, loaded: Loaded) -> DataLoader:
+    transform = loaded.train_transform
+    load = functools.partial(load_image, transform=transform)
+    if args.data == ["toy"]:  # 8,192 small pictures, jittered when drawn: each is decoded once
+        load = functools.cache(functools.partial(load_image, transform=loaded.eval_transform))
+    return DataLoader(
+        Pairs(records, kinds, load, loaded.tokenizer, args.seed),
+        batch_sampler=batch_keys(len(records), args.batch_size, args.epochs, args.seed),
+        num_workers=args.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def start_run(out: Path, config: dict, overwrite: bool) -> None:
+    """Make the run's folder with its config.json; an existing run is refused, or removed."""
+    if (out / "config.json").exists() and not overwrite:
+        raise BadInput(f"{out} holds a run: give another --out, or --overwrite to replace it")
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("epoch_*.pt"):
+        old.unlink()
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict], device) -> Path:
+    """Fine-tune one model with one set of losses; returns the last checkpoint.
+
+    Writes config.json, log.jsonl (one line a step) and epoch_N.pt into `out`.
+    """
+    objective = Objective.parse(losses, args.alpha, args.beta)
+    steps = len(records) // args.batch_size  # an epoch
+    if steps == 0:
+        raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
+    config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
+    if rank() == 0:
+        start_run(out, config, args.overwrite)
+
+    torch.manual_seed(args.seed)
+    loaded = build_model(args.model, args.pretrained)
+    encoder = Encoder(loaded.model.to(device).train())
+    if world_size() > 1:
+        encoder = DistributedDataParallel(encoder)
+    groups = parameter_groups(loaded.model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
+    factor = functools.partial(lr_factor, warmup=args.warmup, total=steps * args.epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    # before the first step there is no earlier one: Th^0 = 0, as in the authors' code
+    threshold = torch.full((len(objective.kinds),), args.threshold or 0.0, device=device)
+
+    batches = make_loader(args, records, objective.kinds, loaded)
+    path, clock = out, time.perf_counter()
+    with (
+        (out / "log.jsonl").open("w", buffering=1)
+        if rank() == 0
+        else contextlib.nullcontext() as log,
+        tqdm(total=steps * args.epochs, desc=str(out), unit="step", disable=rank() > 0) as bar,
+    ):
+        for step, batch in enumerate(batches, 1):
+            batch = [x.to(device, non_blocking=True) for x in batch]
+            loss, terms, pos, neg, valid = batch_loss(encoder, batch, threshold, objective)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loaded.model.logit_scale.data.clamp_(0, math.log(100))
+
+            now = time.perf_counter()
+            line = log_line(loss, terms, threshold, loaded.model.logit_scale.exp())
+            line |= {
+                "lr": schedule.get_last_lr()[0],
+                "pairs_per_s": args.batch_size / (now - clock),
+            }
+            clock = now
+            if not math.isfinite(line["loss"]):
+                raise BadInput(f"the loss is not finite at step {step}: {line}")
+            if rank() == 0:
+                log.write(
+                    json.dumps({"step": step, "epoch": math.ceil(step / steps)} | line) + "\n"
+                )
+            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+            bar.update()
+            schedule.step()
+            if args.threshold is None:
+                threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
+            if step % steps == 0:
+                path = out / f"epoch_{step // steps}.pt"
+                if rank() == 0:
+                    save_checkpoint(path, loaded, threshold=threshold.cpu(), run=config, step=step)
+    return path
+
+
+def log_line(loss: Tensor, terms: dict[str, Tensor], threshold: Tensor, scale: Tensor) -> dict:
+    """Plain numbers for log.jsonl, fetched from the device at once."""
+    names = [
+        "loss",
+        *terms,
+        "logit_scale",
+        *(f"threshold_{kind}" for kind in KINDS[: len(threshold)]),
+    ]
+    values = torch.cat([torch.stack([loss, *terms.values(), scale.squeeze()]), threshold])
+    return dict(zip(names, values.tolist()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+# The toy world's own settings; everything else stays the paper's.
+TOY = {
+    "model": "toy",
+    "pretrained": None,
+    "losses": ["itc", "itc,hn", "itc,hn,imc,cmr"],
+    "epochs": 2,
+    "batch_size": 128,
+    "lr": 2e-3,
+    "workers": 0,
+}
+TOY_PRETRAINING = {"epochs": 2, "lr": 1.5e-3}
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = p.add_argument_group("data")
+    data.add_argument(
+        "--data", nargs="+", default=["toy"], help=f"{', '.join(DATA)}, or negatives .jsonl files"
+    )
+    data.add_argument(
+        "--images", nargs="+", help="picture folder of each .jsonl (one for all will do)"
+    )
+    data.add_argument("--data-root", default="data", help="where the named data lie [ours]")
+    data.add_argument("--workers", type=int, default=4, help="loader processes [authors: 0]")
+    model = p.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default="ViT-B-32-quickgelu",
+        help="open_clip name or model config .json [paper Sec. 4.1]",
+    )
+    model.add_argument("--pretrained", default="openai", help="tag, file, or none [paper Sec. 4.1]")
+    loss = p.add_argument_group("loss")
+    loss.add_argument(
+        "--losses",
+        nargs="+",
+        choices=LOSSES,
+        default=["itc,hn,imc,cmr"],
+        metavar="TERMS",
+        help=f"one run each, from {' '.join(LOSSES)} [Table 4]",
+    )
+    loss.add_argument("--alpha", type=float, default=0.2, help="weight of IMC, Eq. 8 [Sec. 4.1]")
+    loss.add_argument("--beta", type=float, default=0.4, help="weight of CMR, Eq. 8 [Sec. 4.1]")
+    loss.add_argument("--upper-bound", type=float, default=10.0, help="u of Eq. 7 [Sec. 4.4]")
+    loss.add_argument("--threshold", type=float, help="a fixed one in place of Eq. 5 [Fig. 5a]")
+    optim = p.add_argument_group("optimisation")
+    optim.add_argument("--epochs", type=int, default=5, help="[Sec. 4.1]")
+    optim.add_argument("--batch-size", type=int, default=256, help="over all processes [Sec. 4.1]")
+    optim.add_argument("--lr", type=float, default=5e-6, help="[authors' code; paper: default]")
+    optim.add_argument("--warmup", type=int, default=50, help="steps [authors' code]")
+    optim.add_argument("--weight-decay", type=float, default=0.1, help="[authors' code]")
+    optim.add_argument("--seed", type=int, default=42, help="[authors' code]")
+    p.add_argument(
+        "--out", type=Path, help="run folder [runs/DATA]; other losses get -LOSSES added"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace runs that are there")
+    if p.parse_known_args()[0].data == ["toy"]:
+        p.set_defaults(**TOY)
+    args = p.parse_args()
+    if args.batch_size % world_size():
+        p.error(f"--batch-size {args.batch_size} does not split over {world_size()} processes")
+    args.out = str(args.out or Path("runs", "+".join(Path(d).stem for d in args.data)))
+    args.pretrained = None if args.pretrained == "none" else args.pretrained
+    return args
+
+
+def collect_records(args: argparse.Namespace) -> list[dict]:
+    """The records of all --data. On several processes the first one makes what does not exist yet."""
+    if rank() > 0:
+        dist.barrier()
+    folders = args.images or []
+    files = [d for d in args.data if d not in DATA]
+    if files and len(folders) not in (1, len(files)):
+        raise BadInput(
+            f"--images: give one folder, or one for each of the {len(files)} .jsonl files"
+        )
+    folder = dict(zip(files, folders * len(files) if len(folders) == 1 else folders))
+    records = []
+    for name in args.data:
+        path, images = (
+            (Path(name), Path(folder[name]))
+            if name in folder
+            else prepare(name, Path(args.data_root))
+        )
+        records += read_negatives(path, images)
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+    return records
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (
+        "WORLD_SIZE" in os.environ
+    ):  # torchrun; hours may pass while the first process makes negatives
+        dist.init_process_group(timeout=timedelta(days=1))
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    args = parse_args()
+    records = collect_records(args)
+    if args.data == ["toy"] and args.pretrained is None:
+        first = argparse.Namespace(**(vars(args) | TOY_PRETRAINING))
+        args.pretrained = str(train(first, "itc", Path(f"{args.out}-pretrained"), records, device))
+    for losses in args.losses:
+        full = losses == "itc,hn,imc,cmr"
+        out = args.out if full else f"{args.out}-{losses.replace(',', '-')}"
+        if world_size() > 1:
+            dist.barrier()  # the first process has written what the others load
+        train(args, losses, Path(out), records, device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as e:
+        sys.exit(f"ce_clip.py: error: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

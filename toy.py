@@ -1,0 +1,325 @@
+"""The embedded world: pictures, captions and true/false caption pairs, with nothing to download.
+
+A scene is two different objects in two different colours and one relation: 8*7 * 8*7 * 8 = 25,088
+scenes. Its picture is 64 px. The world comes with a tiny CLIP and its word-level tokenizer, so that
+negatives, training and evaluation run on it in minutes on a CPU, through the code that real data uses.
+
+    python toy.py --out sheet.png        # a sheet of pictures with their captions and hard negatives
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+OBJECTS = ("cat", "fish", "bird", "car", "boat", "ball", "star", "tree")
+COLORS = {
+    "red": (220, 40, 35),
+    "green": (35, 150, 60),
+    "blue": (40, 80, 220),
+    "yellow": (245, 215, 45),
+    "purple": (135, 45, 165),
+    "pink": (255, 145, 190),
+    "black": (25, 22, 26),
+    "white": (245, 248, 250),
+}
+VERBS = ("pushing", "chasing", "kicking", "pulling", "watching", "riding")
+RELATIONS = (*VERBS, "above", "below")  # two prepositions, which no training negative touches
+
+PIXELS = 64  # side of a picture
+OVERSAMPLING = 3  # drawn larger, then reduced: smooth edges
+TRAIN_SCENES, TEST_SCENES = 8192, 1000
+CAPTIONS_PER_SCENE = 3
+P_COLOR = 0.65  # an object's colour is named
+P_SINGLE = 0.12  # the caption names one object only, so that missing negatives occur
+
+
+class Scene(NamedTuple):
+    subject: str
+    subject_color: str
+    relation: str
+    object: str
+    object_color: str
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def _shape(
+    draw: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, color: tuple
+) -> None:
+    """Draw one object with centre (x, y) and half-width r, in pixels of the oversampled picture."""
+
+    def poly(*points):
+        draw.polygon([(x + r * a, y + r * b) for a, b in points], fill=color)
+
+    def oval(left, top, right, bottom, fill=color):
+        draw.ellipse((x + r * left, y + r * top, x + r * right, y + r * bottom), fill=fill)
+
+    hole = (128, 128, 128)
+    if name == "ball":
+        oval(-1, -1, 1, 1)
+    elif name == "star":
+        tips = ((1 if i % 2 == 0 else 0.42, math.pi * (i / 5 - 0.5)) for i in range(10))
+        poly(*((a * math.cos(t), a * math.sin(t)) for a, t in tips))
+    elif name == "tree":
+        poly((0, -1), (0.6, -0.2), (-0.6, -0.2))
+        poly((0, -0.5), (0.8, 0.5), (-0.8, 0.5))
+        poly((-0.15, 0.5), (0.15, 0.5), (0.15, 1), (-0.15, 1))
+    elif name == "cat":
+        oval(-0.8, -0.6, 0.8, 1)
+        poly((-0.8, -1), (-0.1, -0.5), (-0.8, 0.2))
+        poly((0.8, -1), (0.1, -0.5), (0.8, 0.2))
+        oval(-0.45, -0.1, -0.15, 0.2, hole)
+        oval(0.15, -0.1, 0.45, 0.2, hole)
+    elif name == "fish":
+        oval(-0.4, -0.6, 1, 0.6)
+        poly((-1, -0.6), (-0.1, 0), (-1, 0.6))
+        oval(0.5, -0.25, 0.75, 0, hole)
+    elif name == "bird":
+        oval(-0.6, -0.3, 0.5, 0.8)
+        oval(0.1, -0.9, 0.8, -0.2)
+        poly((0.7, -0.7), (1, -0.5), (0.7, -0.4))
+        poly((-1, -0.6), (-0.3, 0), (-0.5, 0.4))
+    elif name == "car":
+        poly(
+            (-1, 0.5),
+            (-1, -0.1),
+            (-0.6, -0.1),
+            (-0.4, -0.6),
+            (0.4, -0.6),
+            (0.6, -0.1),
+            (1, 0),
+            (1, 0.5),
+        )
+        oval(-0.75, 0.2, -0.2, 0.75)
+        oval(0.2, 0.2, 0.75, 0.75)
+        oval(-0.6, 0.35, -0.35, 0.6, hole)
+        oval(0.35, 0.35, 0.6, 0.6, hole)
+    elif name == "boat":
+        poly((-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9))
+        poly((-0.1, -1), (-0.1, 0.2), (-0.8, 0.2))
+        poly((0.1, -0.8), (0.7, 0.2), (0.1, 0.2))
+
+
+def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
+    """The 64 px picture of a scene; position, size, colours and background jittered by `rng`.
+
+    The subject stands left of the object, but on top of it for riding and above, below it for below.
+    """
+    s = PIXELS * OVERSAMPLING / 64  # everything below is in 64ths of the picture
+    jitter = lambda color, by: tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)  # noqa: E731
+    background = jitter((165, 162, 168), 18)
+    image = Image.new("RGB", (PIXELS * OVERSAMPLING,) * 2, background)
+    draw = ImageDraw.Draw(image)
+    size = rng.uniform(11, 13)
+    if scene.relation in ("riding", "above", "below"):
+        gap = size * (1.8 if scene.relation == "riding" else 2.6)
+        x, y = rng.uniform(20, 44), rng.uniform(size + gap / 2, 64 - size - gap / 2)
+        down = -1 if scene.relation == "below" else 1
+        at = ((x, y - down * gap / 2), (x + rng.uniform(-3, 3), y + down * gap / 2))
+    else:
+        gap = size * {"pushing": 1.9, "chasing": 2.5, "kicking": 2.5}.get(scene.relation, 2.8)
+        x, y = rng.uniform(size + gap / 2, 64 - size - gap / 2), rng.uniform(24, 44)
+        at = ((x - gap / 2, y), (x + gap / 2, y + rng.uniform(-2, 2)))
+
+    def line(color, *points, width=1.2):
+        draw.line([(s * a, s * b) for a, b in points], fill=color, width=round(width * s))
+
+    (sx, sy), (ox, oy) = at
+    middle = (sx + ox) / 2
+    if scene.relation == "pushing":  # a floor
+        line((60, 50, 45), (0, y + size + 1), (64, y + size + 1))
+    elif scene.relation == "chasing":  # speed lines
+        for i in range(3):
+            line(
+                (235, 235, 235),
+                (sx - size, sy - size - 3 - 3 * i),
+                (ox + size, sy - size - 3 - 3 * i),
+            )
+    elif scene.relation == "pulling":  # a rope
+        line((80, 60, 45), (sx, sy), (ox, oy))
+    elif scene.relation == "watching":  # a cone of sight
+        for end in (oy - size, oy + size):
+            line((80, 190, 225), (sx, sy), (ox, end))
+    elif scene.relation == "riding":  # legs around
+        for side in (-1, 1):
+            line(
+                (70, 55, 45),
+                (x, y),
+                (x + side * (size + 2), y - 2),
+                (x + side * (size + 1), y + size),
+            )
+    radius = size * 0.82
+    _shape(draw, scene.object, s * ox, s * oy, s * radius, jitter(COLORS[scene.object_color], 12))
+    _shape(draw, scene.subject, s * sx, s * sy, s * radius, jitter(COLORS[scene.subject_color], 12))
+    if scene.relation == "kicking":  # a burst
+        for i in range(4):
+            dx, dy = 4 * math.cos(math.pi * i / 4), 4 * math.sin(math.pi * i / 4)
+            line((255, 130, 20), (middle - dx, y - dy), (middle + dx, y + dy))
+    return image.resize((PIXELS, PIXELS), Image.Resampling.BOX)
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions, and the truth about them
+
+
+def noun_phrase(color: str | None, noun: str) -> str:
+    return f"a {color} {noun}" if color else f"a {noun}"
+
+
+def describe(scene: Scene, subject_color: bool = True, object_color: bool = True) -> str:
+    """ "a red cat is chasing a blue ball"; a colour is left out where its flag is False."""
+    subject = noun_phrase(scene.subject_color if subject_color else None, scene.subject)
+    object_ = noun_phrase(scene.object_color if object_color else None, scene.object)
+    return f"{subject} is {scene.relation} {object_}"
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """One caption: each colour named with probability 0.65; 12 % name a single object."""
+    named = rng.random() < P_COLOR, rng.random() < P_COLOR
+    if rng.random() >= P_SINGLE:
+        return describe(scene, *named)
+    if rng.random() < 0.5:
+        return noun_phrase(scene.subject_color if named[0] else None, scene.subject)
+    return noun_phrase(scene.object_color if named[1] else None, scene.object)
+
+
+def is_true(text: str, scene: Scene) -> bool | None:
+    """Whether a caption is true of a scene; None for a text that the grammar cannot read.
+
+    A caption may leave colours or an object out. "above" and "below" are each other's inverse:
+    "a ball is below a cat" is true where the cat is above the ball.
+    """
+    phrase = rf"an? (?:({'|'.join(COLORS)}) )?({'|'.join(OBJECTS)})"
+    match = re.fullmatch(rf"{phrase}(?: is ({'|'.join(RELATIONS)}) {phrase})?", text)
+    if not match:
+        return None
+    color_1, noun_1, relation, color_2, noun_2 = match.groups()
+    subject, object_ = (scene.subject, scene.subject_color), (scene.object, scene.object_color)
+
+    def fits(color, noun, thing):
+        return noun == thing[0] and color in (None, thing[1])
+
+    if relation is None:
+        return fits(color_1, noun_1, subject) or fits(color_1, noun_1, object_)
+    inverse = {"above": "below", "below": "above"}.get(relation)
+    if inverse == scene.relation:
+        subject, object_, relation = object_, subject, inverse
+    return (
+        relation == scene.relation
+        and fits(color_1, noun_1, subject)
+        and fits(color_2, noun_2, object_)
+    )
+
+
+def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str]]:
+    """(kind, true caption, false caption): the four kinds of training negatives, then held-out ones."""
+    true = describe(scene)
+    swapped_nouns = scene._replace(subject=scene.object, object=scene.subject)
+    swapped_colors = scene._replace(
+        subject_color=scene.object_color, object_color=scene.subject_color
+    )
+    other = lambda words, *used: rng.choice([w for w in words if w not in used])  # noqa: E731
+    color = other(COLORS, scene.subject_color, scene.object_color)
+    noun = other(OBJECTS, scene.subject, scene.object)
+    side = rng.choice(("subject", "object"))
+    yield "relation", true, describe(swapped_nouns)
+    yield "attribute", true, describe(scene._replace(**{f"{side}_color": color}))
+    if scene.relation in VERBS:
+        yield "action", true, describe(scene._replace(relation=other(VERBS, scene.relation)))
+    yield "object", true, describe(scene._replace(**{side: noun}))
+    yield "swap colors", true, describe(swapped_colors)
+    yield "swap phrases", true, describe(Scene(*scene[3:], scene.relation, *scene[:2]))
+    if scene.relation not in VERBS:
+        opposite = {"above": "below", "below": "above"}[scene.relation]
+        yield "above/below", true, describe(scene._replace(relation=opposite))
+    plain = describe(scene, False, False)
+    yield "add color", plain, describe(scene._replace(subject_color=color), True, False)
+    yield "add object", true, f"{true} and {noun_phrase(color, noun)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The world on disk: pictures and captions in COCO's layout
+
+
+def make_world(
+    folder: Path, seed: int = 0, train: int = TRAIN_SCENES, test: int = TEST_SCENES
+) -> None:
+    """Write images/ and captions_{train,test}.json in COCO-captions format under `folder`.
+
+    Each entry of "images" also carries its "scene"; train and test share no scene. The captions
+    files are written last, so their presence means that the world is complete.
+    """
+    rng = random.Random(seed)
+    scenes = [
+        Scene(s, sc, r, o, oc)
+        for s in OBJECTS
+        for o in OBJECTS
+        for sc in COLORS
+        for oc in COLORS
+        for r in RELATIONS
+        if s != o and sc != oc
+    ]
+    scenes = rng.sample(scenes, train + test)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for i, scene in enumerate(tqdm(scenes, desc="toy world", unit="picture")):
+        draw_scene(scene, rng).save(folder / "images" / f"{i:05d}.png", compress_level=1)
+        images.append({"id": i, "file_name": f"{i:05d}.png", "scene": list(scene)})
+        for _ in range(CAPTIONS_PER_SCENE):
+            text = caption(scene, rng)
+            annotations.append({"id": len(annotations), "image_id": i, "caption": text})
+    for split, ids in (("train", range(train)), ("test", range(train, train + test))):
+        content = {
+            "images": images[ids.start : ids.stop],
+            "annotations": [a for a in annotations if a["image_id"] in ids],
+        }
+        (folder / f"captions_{split}.json").write_text(json.dumps(content))
+
+
+# --------------------------------------------------------------------------------------------------
+# The tiny CLIP (0.45 M parameters) and its tokenizer
+
+CONTEXT = 16
+WORDS = sorted({*OBJECTS, *COLORS, *RELATIONS, "a", "an", "and", "is"})
+PAD, UNKNOWN, START = 0, 1, len(WORDS) + 2
+END = START + 1  # the highest id, because open_clip pools the text features at the argmax
+
+MODEL = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": PIXELS, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": END + 1,
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
+    },
+    "init_logit_scale": math.log(50),
+}
+
+
+def tokenize(texts: str | list[str]) -> Tensor:
+    """(N, 16) int64: start, one id a word, end, zeros. Raises ValueError on more than 14 words."""
+    texts = [texts] if isinstance(texts, str) else texts
+    index = {word: i + 2 for i, word in enumerate(WORDS)}
+    out = torch.full((len(texts), CONTEXT), PAD)
+    for row, text in zip(out, texts):
+        ids = [START, *(index.get(word, UNKNOWN) for word in text.split()), END]
+        if len(ids) > CONTEXT:
+            raise ValueError(
+                f"toy caption of {len(ids) - 2} words, at most {CONTEXT - 2}: {text!r}"
+            )
+        row[: len(ids)] = torch.tensor(ids)
+    return out
