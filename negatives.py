@@ -1,16 +1,16 @@
 """Hard-negative captions of four kinds from a captions file (arXiv 2306.08832, Sec. 3.1, Fig. 2).
 
-    python negatives.py --captions captions_train2014.json --out negatives.jsonl     # RoBERTa fills
-    python negatives.py --captions captions.json --out negatives.jsonl --filler ngram    # no download
+    python negatives.py --captions captions_train2014.json --out negatives.jsonl   # RoBERTa fills
+    python negatives.py --captions captions.json --out negatives.jsonl --filler ngram  # no download
 
     relation   two noun units change places
     attribute  one adjective is masked and filled
     action     one verb is masked and filled
     object     one noun is masked and filled
 
-In: a COCO captions file. Out: one JSON object a line,
-{"id", "image", "caption", "relation", "attribute", "action", "object"}; a kind that cannot be made is
-null (the paper: a placeholder string). Everything works on token positions, never on substrings.
+In: a COCO captions file. Out: one JSON object a line, {"id", "image", "caption", "relation",
+"attribute", "action", "object"}; a kind that cannot be made is null (the paper: a placeholder
+string). Everything works on token positions, never on substrings.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,10 +83,8 @@ def read_captions(path: Path) -> list[dict]:
     except ValueError as e:
         raise BadInput(f"{path} is not valid JSON: {e}") from e
     except (KeyError, TypeError, AttributeError) as e:
-        raise BadInput(
-            f"{path} is not a COCO captions file (images: id, file_name; annotations: id, image_id, "
-            f"caption): {type(e).__name__} {e}"
-        ) from e
+        fields = "images: id, file_name; annotations: id, image_id, caption"
+        raise BadInput(f"{path} is not a COCO captions file ({fields}): {e!r}") from e
     if not by_image:
         raise BadInput(f"{path} holds no captions")
     return list(itertools.chain.from_iterable(by_image.values()))
@@ -109,12 +107,12 @@ def tag(nlp, captions: Iterable[str]) -> Iterator[list[Word]]:
 
 
 def lemmatizer(nlp) -> Callable[[str, str], str]:
-    """lemma(word, coarse POS) of a word that stands in no caption, by spaCy's rules for that POS."""
+    """lemma(word, coarse POS) of a word outside of a caption, by spaCy's rules for that POS."""
     from spacy.tokens import Doc
 
     rules = nlp.get_pipe("lemmatizer")
 
-    @lru_cache(maxsize=None)
+    @cache
     def lemma(word: str, pos: str) -> str:
         return rules(Doc(nlp.vocab, words=[word], pos=[pos]))[0].lemma_.lower()
 
@@ -162,8 +160,9 @@ def relation(words: list[Word], rng: random.Random) -> str | None:
 
     def text(start, end):
         span = "".join(w.text + w.space for w in words[start : end - 1]) + words[end - 1].text
-        moved_capital = opens_sentence(words, start) and words[start].pos != "PROPN"
-        return span[0].lower() + span[1:] if moved_capital and span.istitle() else span
+        first = words[start]
+        capital = opens_sentence(words, start) and first.pos != "PROPN" and first.text.istitle()
+        return span[0].lower() + span[1:] if capital else span
 
     pairs = [
         (a, b)
@@ -242,10 +241,8 @@ class NgramFiller:
         def neighbour(words, i):
             return words[i].text.lower() if 0 <= i < len(words) else ""
 
-        return [
-            self._candidates(neighbour(words, i - 1), words[i].tag, neighbour(words, i + 1))
-            for words, i in requests
-        ]
+        rank = self._candidates
+        return [rank(neighbour(w, i - 1), w[i].tag, neighbour(w, i + 1)) for w, i in requests]
 
 
 class MaskedLMFiller:
@@ -260,10 +257,8 @@ class MaskedLMFiller:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device).eval()
         except (OSError, ValueError) as e:
-            raise BadInput(
-                f"cannot load the masked language model {name!r}: give --mlm a local folder, or use "
-                f"--filler ngram ({str(e).splitlines()[0]})"
-            ) from e
+            hint = "give --mlm a local folder, or use --filler ngram"
+            raise BadInput(f"cannot load {name!r} ({str(e).splitlines()[0]}): {hint}") from e
         if self.tokenizer.mask_token is None:
             raise BadInput(f"the tokenizer of {name!r} has no mask token")
         self.top_k, self.batch_size = top_k, batch_size
@@ -349,18 +344,11 @@ def chunks(captions: list[dict], size: int) -> Iterator[list[dict]]:
         yield chunk
 
 
-def generate(
-    captions_path: Path,
-    out: Path,
-    filler: str = "mlm",
-    mlm: str = "roberta-base",
-    top_k: int = 10,
-    seed: int = 0,
-) -> Counter:
-    """Write the negatives of a captions file; returns how many of each kind (and captions) there are.
+def generate(captions_path: Path, out: Path, filler="mlm", mlm="roberta-base", top_k=10, seed=0):
+    """Write the negatives of a captions file; returns the number of captions and of each kind.
 
-    `out` appears, complete, at the end, or not at all. The n-gram filler holds all tagged captions in
-    memory, since it counts them first; the masked language model streams. Raises BadInput.
+    `out` appears, complete, at the end, or not at all. The n-gram filler holds all tagged captions
+    in memory, since it counts them first; the masked language model streams. Raises BadInput.
     """
     captions = read_captions(captions_path)
     nlp = load_tagger()
@@ -396,20 +384,13 @@ def generate(
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--captions", type=Path, required=True, help="COCO captions JSON")
     p.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
-    p.add_argument(
-        "--filler", choices=("mlm", "ngram"), default="mlm", help="[mlm: paper Sec. 3.1]"
-    )
-    p.add_argument(
-        "--mlm", default="roberta-base", help="hub name or local folder [paper: RoBERTa, no size]"
-    )
-    p.add_argument(
-        "--top-k", type=int, default=10, help="candidates that a fill is drawn from [ours]"
-    )
+    p.add_argument("--filler", choices=("mlm", "ngram"), default="mlm", help="[Sec. 3.1: mlm]")
+    p.add_argument("--mlm", default="roberta-base", help="hub name or folder [Sec. 3.1: RoBERTa]")
+    p.add_argument("--top-k", type=int, default=10, help="a fill is one of so many [ours]")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     return p.parse_args()

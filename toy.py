@@ -1,10 +1,10 @@
 """The embedded world: pictures, captions and true/false caption pairs, with nothing to download.
 
-A scene is two different objects in two different colours and one relation: 8*7 * 8*7 * 8 = 25,088
-scenes. Its picture is 64 px. The world comes with a tiny CLIP and its word-level tokenizer, so that
-negatives, training and evaluation run on it in minutes on a CPU, through the code that real data uses.
+    python toy.py --out sheet.png       # pictures with a caption and its hard negatives (Fig. 2)
 
-    python toy.py --out sheet.png        # a sheet of pictures with their captions and hard negatives
+A scene is two different objects in two different colours and one relation: 12*11 * 8*7 * 8 = 59,136
+scenes. Its picture is 64 px. The world comes with a tiny CLIP and its word-level tokenizer, so that
+negatives, training and evaluation run on it in minutes on a CPU, by the code that real data takes.
 """
 
 import argparse
@@ -17,11 +17,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-OBJECTS = ("cat", "fish", "bird", "car", "boat", "ball", "star", "tree")
+OBJECTS = (
+    "cat",
+    "fish",
+    "bird",
+    "car",
+    "boat",
+    "ball",
+    "star",
+    "tree",
+    "house",
+    "cup",
+    "heart",
+    "moon",
+)
 COLORS = {
     "red": (220, 40, 35),
     "green": (35, 150, 60),
@@ -60,8 +73,8 @@ def _shape(
 ) -> None:
     """Draw one object with centre (x, y) and half-width r, in pixels of the oversampled picture."""
 
-    def poly(*points):
-        draw.polygon([(x + r * a, y + r * b) for a, b in points], fill=color)
+    def poly(*points, fill=color):
+        draw.polygon([(x + r * a, y + r * b) for a, b in points], fill=fill)
 
     def oval(left, top, right, bottom, fill=color):
         draw.ellipse((x + r * left, y + r * top, x + r * right, y + r * bottom), fill=fill)
@@ -110,12 +123,30 @@ def _shape(
         poly((-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9))
         poly((-0.1, -1), (-0.1, 0.2), (-0.8, 0.2))
         poly((0.1, -0.8), (0.7, 0.2), (0.1, 0.2))
+    elif name == "house":
+        poly((-1, -0.1), (0, -1), (1, -0.1))
+        poly((-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1))
+        poly((-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1), fill=hole)
+    elif name == "cup":
+        oval(0.1, -0.5, 1, 0.5)
+        oval(0.35, -0.25, 0.75, 0.25, hole)
+        poly((-0.9, -0.8), (0.6, -0.8), (0.4, 0.8), (-0.7, 0.8))
+    elif name == "heart":
+        oval(-1, -0.9, 0.05, 0.1)
+        oval(-0.05, -0.9, 1, 0.1)
+        poly((-0.95, -0.2), (0.95, -0.2), (0, 1))
+    elif name == "moon":  # the outer arc, and back along an inner one
+        turns = [math.pi * (0.3 + 1.4 * i / 16) for i in range(17)]
+        poly(
+            *((math.cos(t), math.sin(t)) for t in turns),
+            *((0.5 + 0.82 * math.cos(t), 0.82 * math.sin(t)) for t in reversed(turns)),
+        )
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """The 64 px picture of a scene; position, size, colours and background jittered by `rng`.
 
-    The subject stands left of the object, but on top of it for riding and above, below it for below.
+    The subject stands left of the object; on top of it for riding and above, below it for below.
     """
     s = PIXELS * OVERSAMPLING / 64  # everything below is in 64ths of the picture
     jitter = lambda color, by: tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)  # noqa: E731
@@ -224,7 +255,7 @@ def is_true(text: str, scene: Scene) -> bool | None:
 
 
 def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(kind, true caption, false caption): the four kinds of training negatives, then held-out ones."""
+    """(kind, true caption, false caption): the kinds of training negatives, then held-out ones."""
     true = describe(scene)
     swapped_nouns = scene._replace(subject=scene.object, object=scene.subject)
     swapped_colors = scene._replace(
@@ -310,16 +341,59 @@ MODEL = {
 }
 
 
+WORD_ID = {word: i + 2 for i, word in enumerate(WORDS)}
+
+
 def tokenize(texts: str | list[str]) -> Tensor:
     """(N, 16) int64: start, one id a word, end, zeros. Raises ValueError on more than 14 words."""
-    texts = [texts] if isinstance(texts, str) else texts
-    index = {word: i + 2 for i, word in enumerate(WORDS)}
-    out = torch.full((len(texts), CONTEXT), PAD)
-    for row, text in zip(out, texts):
-        ids = [START, *(index.get(word, UNKNOWN) for word in text.split()), END]
+    rows = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        ids = [START, *(WORD_ID.get(word, UNKNOWN) for word in text.split()), END]
         if len(ids) > CONTEXT:
             raise ValueError(
                 f"toy caption of {len(ids) - 2} words, at most {CONTEXT - 2}: {text!r}"
             )
-        row[: len(ids)] = torch.tensor(ids)
-    return out
+        rows.append(ids + [PAD] * (CONTEXT - len(ids)))
+    return torch.tensor(rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# A sheet to look at
+
+
+def sheet(
+    records: list[dict], images: Path, kinds: tuple[str, ...], columns: int = 2
+) -> Image.Image:
+    """Pictures beside their captions (green) and negatives (red; grey where one is missing)."""
+    width, height, font = 470, 140, ImageFont.load_default(size=15)
+    page = Image.new("RGB", (columns * width, -(-len(records) // columns) * height), "white")
+    draw = ImageDraw.Draw(page)
+    for i, record in enumerate(records):
+        x, y = i % columns * width + 6, i // columns * height + 6
+        with Image.open(images / record["image"]) as picture:
+            page.paste(picture.resize((128, 128)), (x, y))
+        draw.text((x + 138, y + 4), record["caption"], "#0a7d28", font)
+        for line, kind in enumerate(kinds, 1):
+            text = f"{kind}: {record[kind] or 'none'}"
+            draw.text(
+                (x + 138, y + 4 + 25 * line), text, "#b3261e" if record[kind] else "gray", font
+            )
+    return page
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Draw toy pictures with a caption and its negatives.")
+    p.add_argument("--data", type=Path, default="data/toy", help="where ce_clip.py made the world")
+    p.add_argument("--out", type=Path, required=True, help="picture to write")
+    args = p.parse_args()
+    try:
+        lines = (args.data / "negatives_train.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        p.error(f"{args.data} has no negatives_train.jsonl: run python ce_clip.py first")
+    kinds = ("relation", "attribute", "action", "object")
+    records = [json.loads(line) for line in lines[: 3 * 40 : 3 * 5]]
+    sheet(records, args.data / "images", kinds).save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+"""ce_clip.py beyond the losses: models, checkpoints, processes, data and whole runs."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import tensor
+
+import ce_clip
+import toy
+from ce_clip import KINDS, BadInput, Encoder, Objective
+
+TINY = {  # a ViT: no batch norm, so that nothing but the losses couples the pairs of a batch
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+NEGATIVE = {
+    "relation": "a ball chases a red dog",
+    "attribute": "a blue dog chases a ball",
+    "action": "a red dog eats a ball",
+    "object": "a red cat chases a ball",
+}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with tiny.json, 24 pictures and their negatives; every third kind is missing."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    lines = []
+    for i in range(24):
+        Image.effect_noise((40, 36), 20 + 5 * i).convert("RGB").save(folder / f"{i}.png")
+        kinds = {k: None if (i + n) % 3 == 0 else f"{NEGATIVE[k]} {i}" for n, k in enumerate(KINDS)}
+        record = {"id": i, "image": f"{i}.png", "caption": f"a red dog chases a ball {i}", **kinds}
+        lines.append(json.dumps(record))
+    (folder / "negatives.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(*args, processes=0):
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    command = [sys.executable, *(torchrun if processes else []), "ce_clip.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def tiny_run(world, out, *more, processes=0):
+    options = [
+        "--data",
+        world / "negatives.jsonl",
+        "--images",
+        world,
+        "--model",
+        world / "tiny.json",
+    ]
+    options += ["--pretrained", "none", "--batch-size", 8, "--epochs", 2, "--lr", 1e-3]
+    options += ["--workers", 0, "--warmup", 2, "--out", out]
+    done = run(*options, *more, processes=processes)
+    return done, [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and checkpoints
+
+
+def tiny_model(world, seed=0):
+    torch.manual_seed(seed)
+    return ce_clip.build_model(str(world / "tiny.json"))
+
+
+def test_checkpoint_is_bit_equal_here_and_in_open_clip(world, tmp_path):
+    loaded = tiny_model(world)
+    path = tmp_path / "epoch_1.pt"
+    ce_clip.save_checkpoint(path, loaded, threshold=tensor([1.0]), step=3)
+    saved = torch.load(path, weights_only=True)
+    assert (saved["model"], saved["config"]["quick_gelu"]) == ("tiny", True)
+    images = torch.randn(2, 3, 32, 32)
+    expected = loaded.model.eval().encode_image(images)
+    ours = ce_clip.load_model(str(path)).model.eval()
+    theirs = open_clip.create_model_and_transforms(saved["model"], pretrained=str(path))[0].eval()
+    for model in (ours, theirs):
+        assert torch.equal(model.encode_image(images), expected)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_activation_travels_with_the_checkpoint(tmp_path):
+    """The field's commonest silent error: QuickGELU weights evaluated with GELU."""
+    for quick_gelu, activation in ((True, open_clip.transformer.QuickGELU), (False, torch.nn.GELU)):
+        config = TINY | {"quick_gelu": quick_gelu}
+        loaded = ce_clip.build_model("tiny-activation", config=config)
+        ce_clip.save_checkpoint(tmp_path / "x.pt", loaded)
+        again = ce_clip.load_model(str(tmp_path / "x.pt")).model
+        assert isinstance(again.transformer.resblocks[0].mlp.gelu, activation)
+
+
+def test_openai_weights_always_get_quickgelu(monkeypatch):
+    asked = []
+
+    def create(name, pretrained):
+        asked.append((name, pretrained))
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu", "RN50"):
+        with pytest.raises(BadInput, match="no network"):
+            ce_clip.build_model(name, "openai")
+    names = ["ViT-B-32-quickgelu", "ViT-B-32-quickgelu", "RN50-quickgelu"]
+    assert asked == [(name, "openai") for name in names]
+
+
+def test_bad_checkpoints_are_one_line(world, tmp_path):
+    bare, damaged = tmp_path / "bare.pt", tmp_path / "damaged.pt"
+    torch.save(tiny_model(world).model.state_dict(), bare)
+    damaged.write_bytes(bare.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="give --model"):
+        ce_clip.load_model(str(bare))
+    assert ce_clip.load_model(str(bare), str(world / "tiny.json")).name == "tiny"
+    with pytest.raises(BadInput, match="not a readable checkpoint"):
+        ce_clip.load_model(str(damaged))
+    with pytest.raises(BadInput, match="cannot load"):
+        ce_clip.load_model(str(bare), "toy")
+    with pytest.raises(BadInput, match="open_clip has no model 'nothing'"):
+        ce_clip.build_model("nothing")
+
+
+def test_cut_captions_have_the_same_features_and_gradient(world):
+    """Cutting after the last end-of-text token is exact; token 0 is "!", not padding."""
+    loaded = tiny_model(world)
+    texts = ["a red dog", "a sign saying != here", "a dog chases a ball in the park !!!"]
+    tokens = loaded.tokenizer(texts)
+    assert (tokens[1] == 0).nonzero()[0] < tokens[1].argmax()
+    grads = []
+    for encode in (
+        lambda: ce_clip.encode_text(loaded.model, tokens),
+        lambda: loaded.model.encode_text(tokens, normalize=True),
+    ):
+        loaded.model.zero_grad()
+        features = encode()
+        (features * torch.arange(16)).sum().backward()
+        named = loaded.model.named_parameters()
+        grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+        grads[-1]["features"] = features.detach()
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-5, atol=1e-6 * scale, msg=name)
+
+
+def test_other_text_towers_get_their_full_length():
+    seen = []
+
+    class Other(torch.nn.Module):
+        def encode_text(self, tokens, normalize):
+            seen.append((tokens.shape, normalize))
+
+    ce_clip.encode_text(Other(), torch.zeros(2, 64, dtype=torch.long))
+    assert seen == [((2, 64), True)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps
+
+
+def example_batch(world, n=8):
+    loaded = tiny_model(world)
+    records = ce_clip.read_negatives(world / "negatives.jsonl", world)
+    load = lambda path: ce_clip.load_image(path, loaded.eval_transform)  # noqa: E731
+    pairs = ce_clip.Pairs(records, KINDS, load, loaded.tokenizer, seed=0)
+    batch = [torch.stack(x) for x in zip(*(pairs[0, i] for i in range(n)))]
+    return loaded.model, batch
+
+
+def test_missing_negatives_are_not_encoded_and_their_features_are_zero(world):
+    model, (images, tokens, valid) = example_batch(world)
+    image, text, scale = Encoder(model)(images, tokens, valid)
+    assert (text[:, 1:].norm(dim=-1) > 0).equal(valid)
+    assert scale.item() == pytest.approx(1 / 0.07)
+    sim, sim_neg, text_neg = ce_clip.similarities(image, text, scale)
+    for i, j, k in ((0, 1, 1), (3, 2, 2)):
+        assert sim[i, j].item() == pytest.approx((scale * image[i] @ text[j, 0]).item(), rel=1e-4)
+        assert sim_neg[i, j, k].item() == pytest.approx(
+            (scale * image[i] @ text[j, k + 1]).item(), rel=1e-4
+        )
+        assert text_neg[i, j, k].item() == pytest.approx(
+            (scale * text[i, 0] @ text[j, k + 1]).item(), rel=1e-4
+        )
+
+
+def gradients(world, objective) -> dict[str, torch.Tensor]:
+    """Gradients of all parameters on this process's share of one global batch of 8."""
+    model, batch = example_batch(world)
+    encoder = Encoder(model)
+    if ce_clip.world_size() > 1:
+        encoder = torch.nn.parallel.DistributedDataParallel(encoder)
+    share = 8 // ce_clip.world_size()
+    rows = slice(ce_clip.rank() * share, (ce_clip.rank() + 1) * share)
+    threshold = torch.ones(len(KINDS))
+    loss, *_ = ce_clip.batch_loss(encoder, [x[rows] for x in batch], threshold, objective)
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()} | {"loss": loss.detach()}
+
+
+def one_of_two(rank: int, world, out: str, losses: str):
+    dist.init_process_group("gloo", f"file://{out}.init", rank=rank, world_size=2)
+    torch.save(gradients(Path(world), Objective.parse(losses, 0.2, 0.4)), f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("losses", ["itc,hn,imc,cmr", "itc,hn,imc_released,cmr"])
+def test_two_processes_have_the_gradient_of_one(world, tmp_path, losses):
+    """Of every parameter. A gather without gradient halves all but logit_scale's."""
+    out = str(tmp_path / "gradients")
+    torch.multiprocessing.spawn(one_of_two, (str(world), out, losses), nprocs=2)
+    expected = gradients(world, Objective.parse(losses, 0.2, 0.4))
+    assert expected["visual.conv1.weight"].abs().max() > 1e-3
+    for rank in range(2):
+        found = torch.load(f"{out}.{rank}")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_losses_of_table_4_are_settings_of_eq_8():
+    parse = lambda losses: Objective.parse(losses, 0.2, 0.4)  # noqa: E731
+    assert parse("itc") == ((), 0.0, 0.0, ce_clip.imc_loss)
+    assert parse("itc,hn") == (KINDS, 0.0, 0.0, ce_clip.imc_loss)
+    assert parse("itc,hn,imc") == (KINDS, 0.2, 0.0, ce_clip.imc_loss)
+    assert parse("itc,hn,cmr") == (KINDS, 0.0, 0.4, ce_clip.imc_loss)
+    assert parse("itc,hn,imc,cmr") == (KINDS, 0.2, 0.4, ce_clip.imc_loss)
+    released = (KINDS, 0.2, 0.4, ce_clip.imc_loss_released)
+    assert parse("itc,hn,imc_released,cmr") == released
+
+
+def test_lr_warms_up_linearly_then_follows_a_cosine_to_zero():
+    factors = [ce_clip.lr_factor(step, 4, 12) for step in range(13)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1, 1]
+    assert factors[8] == pytest.approx(0.5)
+    assert factors[10] == pytest.approx((1 + math.cos(0.75 * math.pi)) / 2)
+    assert factors[12] == pytest.approx(0)
+
+
+def test_biases_norms_and_logit_scale_do_not_decay(world):
+    model = tiny_model(world).model
+    plain, decayed = ce_clip.parameter_groups(model, 0.1)
+    assert (plain["weight_decay"], decayed["weight_decay"]) == (0, 0.1)
+    name = {id(p): n for n, p in model.named_parameters()}
+    decayed = {name[id(p)] for p in decayed["params"]}
+    assert len(decayed) + len(plain["params"]) == len(name)
+    assert {"token_embedding.weight", "visual.conv1.weight", "text_projection"} <= decayed
+    assert not any("ln_" in n or "bias" in n or n == "logit_scale" for n in decayed)
+
+
+def test_batches_cover_an_epoch_and_split_over_processes(monkeypatch):
+    whole = list(ce_clip.batch_keys(11, 4, epochs=2, seed=1))
+    assert [epoch for batch in whole for epoch, _ in batch] == [0] * 8 + [1] * 8
+    assert len({i for _, i in sum(whole[:2], [])}) == 8
+    assert whole[:2] != [[(0, i) for _, i in batch] for batch in whole[2:]]
+    parts = []
+    monkeypatch.setattr(ce_clip, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(ce_clip, "rank", lambda rank=rank: rank)
+        parts.append(list(ce_clip.batch_keys(11, 4, epochs=2, seed=1)))
+    assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_augmentation_depends_on_seed_epoch_and_item_alone():
+    noise = lambda path: torch.rand(3)  # noqa: E731
+    record = {"image": "", "caption": "a", **dict.fromkeys(KINDS)}
+    pairs = ce_clip.Pairs([record] * 2, (), noise, toy.tokenize, seed=0)
+    first = pairs[0, 1][0]
+    torch.rand(5)
+    assert torch.equal(pairs[0, 1][0], first)
+    others = [pairs[1, 1][0], pairs[0, 0][0]]
+    others.append(ce_clip.Pairs([record] * 2, (), noise, toy.tokenize, seed=1)[0, 1][0])
+    assert not any(torch.equal(other, first) for other in others)
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def test_run_on_one_and_two_processes(world, tmp_path):
+    done, log = tiny_run(world, tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    done, log_2 = tiny_run(world, tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in log] == [1, 1, 1, 2, 2, 2]
+    assert set(log[0]) == {
+        *("step", "epoch", "loss", "itc", "imc", "cmr", "logit_scale", "lr", "pairs_per_s"),
+        *(f"threshold_{kind}" for kind in KINDS),
+    }
+    for line, line_2 in zip(log, log_2):  # the same losses, thresholds and schedule
+        assert line | {"pairs_per_s": 0} == pytest.approx(line_2 | {"pairs_per_s": 0}, rel=1e-3)
+    assert [line["threshold_object"] for line in log][0] == 0  # Th^0
+    assert log[1]["threshold_object"] != 0
+    assert log[2]["loss"] == pytest.approx(
+        log[2]["itc"] + 0.2 * log[2]["imc"] + 0.4 * log[2]["cmr"], rel=1e-5
+    )
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert (config["processes"], config["alpha"], config["losses"]) == (2, 0.2, "itc,hn,imc,cmr")
+    _, (images, tokens, _) = example_batch(world)
+    features = []
+    for name in ("one", "two"):
+        path = str(tmp_path / name / "epoch_2.pt")
+        assert torch.load(path, weights_only=True)["threshold"].shape == (4,)
+        model = ce_clip.load_model(path).model.eval()
+        features.append(torch.cat([model(images)[0], model(None, tokens.flatten(0, 1))[1]]))
+    torch.testing.assert_close(*features, rtol=1e-3, atol=1e-3)
+
+    # again: the run that is there is refused, and untouched
+    before = (tmp_path / "one" / "epoch_2.pt").read_bytes()
+    done, _ = tiny_run(world, tmp_path / "one")
+    assert done.returncode == 1
+    assert "holds a run" in done.stderr
+    assert (tmp_path / "one" / "epoch_2.pt").read_bytes() == before
+
+
+def test_fixed_threshold_and_several_losses(world, tmp_path):
+    done, log = tiny_run(
+        world, tmp_path / "x", "--threshold", 5, "--losses", "itc", "itc,hn,imc,cmr", "--epochs", 1
+    )
+    assert done.returncode == 0, done.stderr
+    assert {line[f"threshold_{kind}"] for line in log for kind in KINDS} == {5}
+    lines = Path(tmp_path, "x-itc", "log.jsonl").read_text().splitlines()
+    plain = [json.loads(line) for line in lines]
+    assert plain[0]["loss"] == plain[0]["itc"]
+    assert plain[0]["imc"] == plain[0]["cmr"] == 0
+    assert (tmp_path / "x-itc" / "epoch_1.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--data", "coco", "--data-root", "nowhere"],
+            "needs nowhere/coco/annotations/captions_train",
+        ),
+        (["--data", "{}/negatives.jsonl"], "--images"),
+        (["--data", "{}/negatives.jsonl", "--images", "nowhere"], "24 of 24 pictures are missing"),
+        (["--data", "{}/none.jsonl", "--images", "{}"], "cannot read"),
+        (["--data", "{}/tiny.json", "--images", "{}"], "line 1: not a record of negatives.py"),
+        (
+            ["--data", "{}/negatives.jsonl", "--images", "{}"],
+            "24 captions do not fill one batch of 256",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(world, tmp_path, options, message):
+    options = [option.format(world) for option in options]
+    done = run(*options, "--out", tmp_path / "x", "--pretrained", "none", "--workers", 0)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ce_clip.py: error: ")
+    assert message in line
+
+
+def test_a_batch_that_does_not_split_is_refused(world):
+    options = ["--data", world / "negatives.jsonl", "--images", world, "--batch-size", 7]
+    done = run(*options, processes=2)
+    assert done.returncode != 0
+    assert "--batch-size 7 does not split over 2 processes" in done.stderr
+
+
+def test_a_broken_picture_is_named(world, tmp_path):
+    for path in world.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "11.png").write_bytes(b"not a picture")
+    done, log = tiny_run(tmp_path, tmp_path / "x", "--workers", 2)
+    assert done.returncode == 1
+    assert f"cannot read the picture {tmp_path / '11.png'}" in done.stderr.splitlines()[-1]
