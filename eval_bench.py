@@ -1,7 +1,7 @@
 """Score CLIP checkpoints on compositional benchmarks: is the true caption ahead of the false one?
 
-    python eval_bench.py                                          # the toy runs of ce_clip.py
-    python eval_bench.py --ckpt runs/coco/epoch_5.pt openai --data-root data      # SugarCrepe (Table 3)
+    python eval_bench.py                                       # the toy runs of ce_clip.py
+    python eval_bench.py --ckpt runs/coco/epoch_5.pt openai --data-root data    # SugarCrepe
     python eval_bench.py --ckpt runs/coco/epoch_5.pt --pairs negatives.jsonl --images DIR
 
 A benchmark is a function that yields Item(group, image, box, positive, negative). Each distinct
@@ -12,27 +12,32 @@ positive) > cosine(image, negative), so a tie is wrong; chance is 50 %.
 import argparse
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import toy
-from ce_clip import BadInput, Loaded, encode_text, load_model, read_json, read_negatives
-from negatives import KINDS
+from ce_clip import (
+    KINDS,
+    BadInput,
+    Loaded,
+    encode_text,
+    load_image,
+    load_model,
+    read_json,
+    read_negatives,
+)
 
 
 class Item(NamedTuple):
     group: str  # subset or kind
     image: str  # path
-    box: (
-        tuple[int, int, int, int] | None
-    )  # left, top, right, bottom in pixels; None = whole picture
+    box: tuple[int, int, int, int] | None  # left, top, right, bottom in pixels; None = all of it
     positive: str
     negative: str
 
@@ -40,8 +45,12 @@ class Item(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 # Benchmarks: each yields its items, whether or not the picture is there
 
-TOY_RUNS = {"pre-trained": "toy-pretrained", "CLIP-FT, Eq. 1": "toy-itc", "NegCLIP's loss, Eq. 2": "toy-itc-hn", "CE-CLIP, Eq. 8": "toy"}  # fmt: skip
-HELD_OUT = ("swap colors", "swap phrases", "above/below", "add color", "add object")
+TOY_RUNS = {  # row of the table: run of ce_clip.py
+    "pre-trained": "toy-pretrained",
+    "CLIP-FT (Eq. 1)": "toy-itc",
+    "NegCLIP's loss (Eq. 2)": "toy-itc-hn",
+    "CE-CLIP (Eq. 8)": "toy",
+}
 
 
 def toy_items(root: Path) -> Iterator[Item]:
@@ -89,8 +98,8 @@ def sugarcrepe_items(root: Path) -> Iterator[Item]:
 # Features: every distinct picture and text once
 
 
-class Pictures(torch.utils.data.Dataset):
-    def __init__(self, keys: list[tuple], transform):
+class Pictures(Dataset):
+    def __init__(self, keys: list[tuple], transform: Callable):
         self.keys, self.transform = keys, transform
 
     def __len__(self):
@@ -98,40 +107,46 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         path, box = self.keys[i]
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                return self.transform(image.crop(box) if box else image)
-        except (OSError, ValueError) as e:
-            raise BadInput(f"cannot read the picture {path}: {e}") from e
+        return load_image(path, self.transform, box)
+
+
+class Features(NamedTuple):
+    """Unit features in float32 on the CPU; an item whose picture is missing has none."""
+
+    images: dict[tuple, Tensor]  # (path, box) -> (D,)
+    texts: dict[str, Tensor]  # text -> (D,)
+
+    def cosines(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
+        """(N,) each: cosine(image, positive), cosine(image, negative), cosine(both texts)."""
+        width = next(iter(self.texts.values())).shape
+        image, positive, negative = (
+            torch.stack(rows) if rows else torch.empty(0, *width)
+            for rows in (
+                [self.images[i.image, i.box] for i in items],
+                [self.texts[i.positive] for i in items],
+                [self.texts[i.negative] for i in items],
+            )
+        )
+        return (image * positive).sum(1), (image * negative).sum(1), (positive * negative).sum(1)
 
 
 @torch.inference_mode()
-def encode(loaded: Loaded, items: Iterable[Item], device, batch_size=64, workers=0):
-    """Unit features in float32: {(image, box): (D,)}, {text: (D,)}."""
-    items = list(items)
+def encode(loaded: Loaded, items: list[Item], device, batch_size=64, workers=0) -> Features:
     pictures = list(dict.fromkeys((item.image, item.box) for item in items))
     texts = list(dict.fromkeys(t for item in items for t in (item.positive, item.negative)))
     texts.sort(key=len)  # batches of similar length, each cut after its last end-of-text
     model = loaded.model.to(device).eval()
-    loader = DataLoader(
-        Pictures(pictures, loaded.eval_transform), batch_size=batch_size, num_workers=workers
-    )
-    image_features, text_features = [], []
+    dataset = Pictures(pictures, loaded.eval_transform)
+    image_rows, text_rows = [], []
     with tqdm(total=len(pictures) + len(texts), desc=loaded.name, unit="item", leave=False) as bar:
-        for batch in loader:
-            image_features.append(
-                model.encode_image(batch.to(device), normalize=True).float().cpu()
-            )
+        for batch in DataLoader(dataset, batch_size, num_workers=workers):
+            image_rows += model.encode_image(batch.to(device), normalize=True).float().cpu()
             bar.update(len(batch))
         for start in range(0, len(texts), batch_size):
             tokens = loaded.tokenizer(texts[start : start + batch_size]).to(device)
-            text_features.append(encode_text(model, tokens).float().cpu())
+            text_rows += encode_text(model, tokens).float().cpu()
             bar.update(len(tokens))
-    return (
-        dict(zip(pictures, torch.cat(image_features))),
-        dict(zip(texts, torch.cat(text_features))),
-    )
+    return Features(dict(zip(pictures, image_rows)), dict(zip(texts, text_rows)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,7 +154,7 @@ def encode(loaded: Loaded, items: Iterable[Item], device, batch_size=64, workers
 
 
 class Accuracy(NamedTuple):
-    """Pair accuracy of one group. `right` counts cosines strictly ahead; a tie is wrong."""
+    """Pair accuracy of one group. A tie is wrong; chance is 50 %."""
 
     right: int
     scored: int
@@ -152,23 +167,15 @@ class Accuracy(NamedTuple):
 
 
 def pair_accuracy(positive: Tensor, negative: Tensor, missing: int = 0) -> Accuracy:
-    """positive, negative (N,): cosines of the true and the false caption."""
+    """positive, negative (N,): similarities of the true and the false caption; right if >."""
     right, ties = (positive > negative).sum(), (positive == negative).sum()
     return Accuracy(int(right), len(positive), int(ties), missing)
 
 
 def recall_at_1(sim: Tensor) -> float:
-    """sim (N, N), the truth on the diagonal: percent of rows where it is strictly the largest."""
+    """sim (N, N), the truth on the diagonal -> percent of rows where it is strictly the largest."""
     best_other = sim.masked_fill(torch.eye(len(sim), dtype=torch.bool), -torch.inf).amax(1)
     return 100 * (sim.diagonal() > best_other).float().mean().item()
-
-
-def cosines(items: list[Item], images: dict, texts: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) each: cosine(image, positive), cosine(image, negative), cosine(positive, negative)."""
-    image = torch.stack([images[i.image, i.box] for i in items])
-    positive = torch.stack([texts[i.positive] for i in items])
-    negative = torch.stack([texts[i.negative] for i in items])
-    return (image * positive).sum(1), (image * negative).sum(1), (positive * negative).sum(1)
 
 
 def by_group(items: list[Item]) -> dict[str, list[Item]]:
@@ -178,139 +185,123 @@ def by_group(items: list[Item]) -> dict[str, list[Item]]:
     return groups
 
 
-def score(items: list[Item], images: dict, texts: dict) -> dict[str, Accuracy]:
-    """Accuracy of each group; items whose picture has no features count as missing."""
+def score(items: list[Item], features: Features) -> dict[str, Accuracy]:
+    """The accuracy of each group, in the items' order."""
     out = {}
     for group, members in by_group(items).items():
-        there = [i for i in members if (i.image, i.box) in images]
-        pos, neg, _ = cosines(there, images, texts) if there else (torch.empty(0),) * 3
-        out[group] = pair_accuracy(pos, neg, len(members) - len(there))
+        there = [i for i in members if (i.image, i.box) in features.images]
+        positive, negative, _ = features.cosines(there)
+        out[group] = pair_accuracy(positive, negative, len(members) - len(there))
     return out
 
 
 # --------------------------------------------------------------------------------------------------
-# Reports: the features of one checkpoint in, a row of a table out
+# Reports: what a benchmark shows beside the accuracy of its groups, {column: number}
 
 
-def toy_row(items: list[Item], images: dict, texts: dict) -> dict[str, str]:
-    """Accuracies, R@1 of the full descriptions (chance 0.1 %), and the similarities of Fig. 8."""
-    scores = score(items, images, texts)
-    row = {group: f"{scores[group].percent:.1f}" for group in (*KINDS, *HELD_OUT)}
+def toy_extra(scores: dict[str, Accuracy], items: list[Item], features: Features) -> dict:
+    """R@1 among the full descriptions of all scenes, and the mean similarities of Fig. 8."""
     groups = by_group(items)
-    image = torch.stack([images[i.image, i.box] for i in groups["object"]])
-    sim = image @ torch.stack([texts[i.positive] for i in groups["object"]]).T
-    row |= {"I2T R@1": f"{recall_at_1(sim):.1f}", "T2I R@1": f"{recall_at_1(sim.T):.1f}"}
-    trained = [i for kind in KINDS for i in groups[kind]]
-    positive, negative, between = cosines(trained, images, texts)
-    gap = (positive - negative).mean()
-    return row | {"S(T,Tk)": f"{between.mean():.3f}", "S(I,T)-S(I,Tk)": f"{gap:.3f}"}
+    image = torch.stack([features.images[i.image, i.box] for i in groups["object"]])
+    sim = image @ torch.stack([features.texts[i.positive] for i in groups["object"]]).T
+    positive, negative, texts = features.cosines([i for kind in KINDS for i in groups[kind]])
+    gap = (positive - negative).mean().item()
+    recalls = {"I2T R@1": recall_at_1(sim), "T2I R@1": recall_at_1(sim.T)}
+    return recalls | {"S(T,Tk) %": 100 * texts.mean().item(), "S(I,T)-S(I,Tk) %": 100 * gap}
+
+
+def sugarcrepe_extra(scores: dict[str, Accuracy], *_) -> dict:
+    """Unweighted means over subsets, as in Table 3 and 5, and over items (SugarCrepe's authors)."""
+    right, scored = sum(a.right for a in scores.values()), sum(a.scored for a in scores.values())
+    averages = sugarcrepe_averages({subset: a.percent for subset, a in scores.items()})
+    return averages | {"micro": 100 * right / max(1, scored)}
 
 
 def sugarcrepe_averages(percent: dict[str, float]) -> dict[str, float]:
-    """REPLACE, SWAP, ADD: unweighted means over their subsets (Table 3); macro over all 7 (Table 5)."""
-    means = {
-        name: sum(percent[s] for s in subsets) / len(subsets)
-        for name, subsets in SUGARCREPE.items()
-    }
-    return means | {"macro": sum(percent.values()) / len(percent)}
+    groups = {name: [percent[s] for s in subsets] for name, subsets in SUGARCREPE.items()}
+    groups["macro"] = list(percent.values())
+    return {name: sum(values) / len(values) for name, values in groups.items()}
 
 
-def sugarcrepe_row(items: list[Item], images: dict, texts: dict) -> dict[str, str]:
-    scores = score(items, images, texts)
-    row = {s: a.percent for s, a in scores.items()}
-    micro = (
-        100 * sum(a.right for a in scores.values()) / max(1, sum(a.scored for a in scores.values()))
-    )
-    return {k: f"{v:.1f}" for k, v in (row | sugarcrepe_averages(row) | {"micro": micro}).items()}
-
-
-def pairs_row(items: list[Item], images: dict, texts: dict) -> dict[str, str]:
-    scores = score(items, images, texts)
-    return {group: f"{a.percent:.1f} ({a.scored})" for group, a in scores.items()}
-
-
-def print_table(title: str, rows: dict[str, dict[str, str]]) -> None:
-    """A markdown table; columns are the union of the rows' keys."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    lines = [
-        ["", *columns],
-        *([name, *(row.get(c, "") for c in columns)] for name, row in rows.items()),
-    ]
+def print_table(title: str, rows: dict[str, dict]) -> None:
+    """A markdown table; its columns are those of the last row, numbers have one decimal."""
+    columns = list(list(rows.values())[-1])
+    lines = [["", *columns]]
+    for name, row in rows.items():
+        cells = (row.get(column, "") for column in columns)
+        lines.append([name, *(f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print(f"\n{title}\n")
-    for number, line in enumerate(lines):
-        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
-
-
-def counts(scores: dict[str, Accuracy]) -> str:
-    return "; ".join(
-        f"{group}: {a.scored} scored, {a.missing} missing, {a.ties} ties"
-        for group, a in scores.items()
-    )
+    lines.insert(1, ["-" * width for width in widths])
+    table = "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+    print(f"\n{title}\n\n{table}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
 
-def toy_checkpoints() -> dict[str, str]:
-    """{row name: last checkpoint} of the runs that `python ce_clip.py` made."""
-    found = {}
-    for name, folder in TOY_RUNS.items():
-        epochs = Path("runs", folder).glob("epoch_*.pt")
-        if last := max(epochs, key=lambda p: int(p.stem.split("_")[1]), default=None):
-            found[name] = str(last)
-    if not found:
-        raise BadInput("no runs/toy*: run python ce_clip.py first, or give --ckpt")
-    return found
-
-
 class Benchmark(NamedTuple):
     title: str
     items: list[Item]
-    row: object  # (items, image features, text features) -> {column: cell}
-    reference: dict[str, dict[str, str]] = {}  # rows of the paper
+    extra: Callable = lambda *_: {}  # (scores, items, features) -> further columns
+    reference: dict[str, dict] = {}  # rows of the paper
 
 
 def plan(args: argparse.Namespace) -> list[Benchmark]:
     benchmarks = []
     if args.data_root:
-        subsets = [s for group in SUGARCREPE.values() for s in group]
-        paper = {}
-        for name, values in TABLE_3.items():
-            row = dict(zip(subsets, values))
-            paper[name] = {k: f"{v:.1f}" for k, v in (row | sugarcrepe_averages(row)).items()}
+        subsets = [subset for group in SUGARCREPE.values() for subset in group]
+        paper = {name: dict(zip(subsets, values)) for name, values in TABLE_3.items()}
+        paper = {name: row | sugarcrepe_averages(row) for name, row in paper.items()}
         items = list(sugarcrepe_items(Path(args.data_root)))
-        title = "SugarCrepe, pair accuracy in % (Table 3)"
-        benchmarks.append(Benchmark(title, items, sugarcrepe_row, paper))
+        benchmarks.append(Benchmark("SugarCrepe (Table 3)", items, sugarcrepe_extra, paper))
     if args.pairs:
         items = list(negatives_items(Path(args.pairs), Path(args.images)))
-        title = f"{args.pairs}, pair accuracy in % (pairs scored)"
-        benchmarks.append(Benchmark(title, items, pairs_row))
+        benchmarks.append(Benchmark(f"Negatives of {args.pairs}", items))
     if not benchmarks:
-        root = Path("data/toy")
+        root = Path("data", "toy")
         if not (root / "captions_test.json").exists():
             toy.make_world(root)
-        title = (
-            "Toy world, 1,000 unseen scenes: pair accuracy in %, R@1 in %, mean cosines (Fig. 8)"
-        )
-        benchmarks.append(Benchmark(title, list(toy_items(root)), toy_row))
+        benchmarks.append(Benchmark("Toy world, unseen scenes", list(toy_items(root)), toy_extra))
     return benchmarks
 
 
+def toy_checkpoints() -> dict[str, str]:
+    """{row: last checkpoint} of the runs that `python ce_clip.py` made."""
+    found = {}
+    for row, run in TOY_RUNS.items():
+        epochs = Path("runs", run).glob("epoch_*.pt")
+        if last := max(epochs, key=lambda path: int(path.stem.split("_")[1]), default=None):
+            found[row] = str(last)
+    if not found:
+        raise BadInput("no runs/toy: run python ce_clip.py first, or give --ckpt")
+    return found
+
+
+def report(b: Benchmark, features: dict[str, Features]) -> None:
+    """One table: the paper's rows, a row for each checkpoint, and how many items were scored."""
+    rows, ties = dict(b.reference), []
+    for name, f in features.items():
+        scores = score(b.items, f)
+        rows[name] = {group: a.percent for group, a in scores.items()}
+        rows[name] |= b.extra(scores, b.items, f)
+        ties.append(f"{name} {sum(a.ties for a in scores.values())}")
+    missing = sum(a.missing for a in scores.values())
+    counts = {group: f"{a.scored}/{a.scored + a.missing}" for group, a in scores.items()}
+    rows["scored/all"] = dict.fromkeys(rows[name], "") | counts
+    partial = f" - PARTIAL: {missing} of {len(b.items)} items have no picture" if missing else ""
+    print_table(f"{b.title}: pair accuracy in %{partial}", rows)
+    print(f"\nTies, counted as wrong: {', '.join(ties)}")
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument(
         "--ckpt", nargs="+", help="checkpoints of ce_clip.py, or open_clip tags (openai)"
     )
     p.add_argument("--model", help="open_clip model of tags and bare weights [ViT-B-32-quickgelu]")
-    p.add_argument(
-        "--data-root", help="score SugarCrepe: sugarcrepe/*.json, coco/val2017/ below it"
-    )
+    p.add_argument("--data-root", help="score SugarCrepe: sugarcrepe/*.json and coco/val2017/ here")
     p.add_argument("--pairs", help="score a .jsonl of negatives.py")
     p.add_argument("--images", help="picture folder of --pairs")
     p.add_argument("--batch-size", type=int, default=64)
@@ -319,34 +310,23 @@ def main() -> None:
     if bool(args.pairs) != bool(args.images):
         p.error("--pairs and --images go together")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoints = {c: c for c in args.ckpt} if args.ckpt else toy_checkpoints()
+    checkpoints = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
     benchmarks = plan(args)
-    every = [item for b in benchmarks for item in b.items]
-    there = {image: Path(image).exists() for image in {item.image for item in every}}
-    present = [item for item in every if there[item.image]]
+    items = [item for b in benchmarks for item in b.items]
+    there = {image: Path(image).exists() for image in dict.fromkeys(item.image for item in items)}
+    present = [item for item in items if there[item.image]]
     if not present:
-        raise BadInput(
-            f"none of the pictures is there; the first one missing is {next(iter(there))}"
-        )
-    rows, notes = (
-        {b.title: dict(b.reference) for b in benchmarks},
-        {b.title: [] for b in benchmarks},
-    )
+        raise BadInput(f"none of the {len(there)} pictures is there: {next(iter(there))} ...")
+    features = {}
     for name, path in checkpoints.items():
         loaded = load_model(path, args.model)
-        images, texts = encode(loaded, present, device, args.batch_size, args.workers)
-        for b in benchmarks:
-            rows[b.title][name] = b.row(b.items, images, texts)
-            notes[b.title].append(f"{name}: {counts(score(b.items, images, texts))}")
-    for b in benchmarks:
-        scored = sum(there[item.image] for item in b.items)
-        partial = f" - PARTIAL: {scored} of {len(b.items)} items, compare with no other table"
-        print_table(b.title + (partial if scored < len(b.items) else ""), rows[b.title])
-        print("\n".join(["", *notes[b.title]]))
+        features[name] = encode(loaded, present, device, args.batch_size, args.workers)
+    for benchmark in benchmarks:
+        report(benchmark, features)
 
 
 if __name__ == "__main__":
     try:
         main()
     except BadInput as e:
-        sys.exit(f"eval_bench.py: error: {e}")
+        sys.exit(f"eval_bench.py: error: {str(e).splitlines()[-1]}")  # a loader's spans lines

@@ -1,5 +1,5 @@
-"""Eq. (1)-(8) against arithmetic done by hand. Inputs are asymmetric and mostly binary-exact, so that
-a transposed matrix, a leaking negative or a wrong mean changes the answer."""
+"""Eq. (1)-(8) against arithmetic done by hand. Inputs are asymmetric and mostly binary-exact, so
+that a transposed matrix, a leaking negative or a wrong mean changes the answer."""
 
 import math
 import re
@@ -101,7 +101,7 @@ def test_itc_hn_pushes_every_image_from_every_negative_that_exists():
 
 
 def test_imc_by_hand():
-    # caption 0: one negative at 1.5:          log e^1.5 - 2                = -.5 (below 0: no lower bound)
+    # caption 0: one negative at 1.5:          log e^1.5 - 2 = -.5 (no lower bound at 0)
     # caption 1: negatives at 2 and 2 + log 3: log(e^2 + 3 e^2) - 3 = log 4 - 1
     text_neg = tensor([[1.5, 99.0], [2.0, 2.0 + math.log(3)]])
     assert imc_loss(POS, text_neg, VALID).item() == close((-0.5 + math.log(4) - 1) / 2)

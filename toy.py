@@ -30,7 +30,7 @@ OBJECTS = (
     "ball",
     "star",
     "tree",
-    "house",
+    "barn",
     "cup",
     "heart",
     "moon",
@@ -123,7 +123,7 @@ def _shape(
         poly((-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9))
         poly((-0.1, -1), (-0.1, 0.2), (-0.8, 0.2))
         poly((0.1, -0.8), (0.7, 0.2), (0.1, 0.2))
-    elif name == "house":
+    elif name == "barn":
         poly((-1, -0.1), (0, -1), (1, -0.1))
         poly((-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1))
         poly((-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1), fill=hole)
@@ -254,30 +254,37 @@ def is_true(text: str, scene: Scene) -> bool | None:
     )
 
 
+HELD_OUT = ("swap phrases", "swap colors", "above/below", "add color", "add object")
+
+
 def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(kind, true caption, false caption): the kinds of training negatives, then held-out ones."""
-    true = describe(scene)
-    swapped_nouns = scene._replace(subject=scene.object, object=scene.subject)
-    swapped_colors = scene._replace(
-        subject_color=scene.object_color, object_color=scene.subject_color
-    )
-    other = lambda words, *used: rng.choice([w for w in words if w not in used])  # noqa: E731
-    color = other(COLORS, scene.subject_color, scene.object_color)
-    noun = other(OBJECTS, scene.subject, scene.object)
+    """(kind, true caption, false caption): the kinds of training negatives, then HELD_OUT ones.
+
+    Relation names no colours: nothing but the order of the words tells its two captions apart.
+    """
+    subject, subject_color, relation, object_, object_color = scene
+    color = rng.choice([c for c in COLORS if c not in (subject_color, object_color)])
+    noun = rng.choice([n for n in OBJECTS if n not in (subject, object_)])
     side = rng.choice(("subject", "object"))
-    yield "relation", true, describe(swapped_nouns)
-    yield "attribute", true, describe(scene._replace(**{f"{side}_color": color}))
-    if scene.relation in VERBS:
-        yield "action", true, describe(scene._replace(relation=other(VERBS, scene.relation)))
-    yield "object", true, describe(scene._replace(**{side: noun}))
-    yield "swap colors", true, describe(swapped_colors)
-    yield "swap phrases", true, describe(Scene(*scene[3:], scene.relation, *scene[:2]))
-    if scene.relation not in VERBS:
-        opposite = {"above": "below", "below": "above"}[scene.relation]
-        yield "above/below", true, describe(scene._replace(relation=opposite))
-    plain = describe(scene, False, False)
+    swapped = Scene(object_, object_color, relation, subject, subject_color)
+    full, plain = describe(scene), describe(scene, False, False)
+    yield "relation", plain, describe(swapped, False, False)
+    yield "attribute", full, describe(scene._replace(**{f"{side}_color": color}))
+    if relation in VERBS:
+        verb = rng.choice([v for v in VERBS if v != relation])
+        yield "action", full, describe(scene._replace(relation=verb))
+    yield "object", full, describe(scene._replace(**{side: noun}))
+    yield "swap phrases", full, describe(swapped)
+    yield (
+        "swap colors",
+        full,
+        describe(Scene(subject, object_color, relation, object_, subject_color)),
+    )
+    if relation not in VERBS:
+        opposite = {"above": "below", "below": "above"}[relation]
+        yield "above/below", full, describe(scene._replace(relation=opposite))
     yield "add color", plain, describe(scene._replace(subject_color=color), True, False)
-    yield "add object", true, f"{true} and {noun_phrase(color, noun)}"
+    yield "add object", full, f"{full} and {noun_phrase(color, noun)}"
 
 
 # --------------------------------------------------------------------------------------------------
