@@ -30,7 +30,7 @@ def table(text: str) -> dict[str, dict[str, str]]:
     lines = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line] for line in lines]
     header = cells[0]
-    return {row[0]: dict(zip(header, row[1:])) for row in cells[2:]}
+    return {row[0]: dict(zip(header[1:], row[1:])) for row in cells[2:]}
 
 
 # --------------------------------------------------------------------------------------------------
