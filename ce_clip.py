@@ -34,10 +34,9 @@ from tqdm import tqdm
 
 import negatives
 import toy
-from negatives import KINDS, BadInput
+from negatives import KINDS, BadInput, reading
 
-# --------------------------------------------------------------------------------------------------
-# Losses (Sec. 3.2). Tensors in, scalar out: no args object, no files, no torch.distributed.
+# ---- Losses (Sec. 3.2). Tensors in, scalar out: no args object, no files, no torch.distributed. --
 #
 # Where the paper sums over the batch we take the mean over B, so that the learning rate and the
 # weights alpha and beta mean the same at every batch size (so does the authors' code).
@@ -213,8 +212,7 @@ def own_pairs(sim: Tensor, sim_neg: Tensor) -> tuple[Tensor, Tensor]:
     return sim.diagonal(), sim_neg.diagonal(dim1=0, dim2=1).T
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and checkpoints: any dual encoder of open_clip, and the toy world's
+# ---- Models and checkpoints: any dual encoder of open_clip, and the toy world's ------------------
 
 
 class Loaded(NamedTuple):
@@ -283,12 +281,8 @@ def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
 
 
 def read_json(path: Path):
-    try:
+    with reading(path, "valid JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise BadInput(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise BadInput(f"{path} is not valid JSON: {e}") from e
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -305,8 +299,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     return model.encode_text(tokens, normalize=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes. Only `main`, `train` and `gather` know about ranks.
+# ---- Processes. Only `main`, `train` and `gather` know about ranks. ------------------------------
 
 
 def world_size() -> int:
@@ -335,8 +328,7 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# Data: pictures with a caption and its negatives
+# ---- Data: pictures with a caption and its negatives ---------------------------------------------
 
 
 class Source(NamedTuple):
@@ -379,18 +371,14 @@ def prepare(name: str, root: Path) -> tuple[Path, Path]:
 def read_negatives(path: Path, images: Path) -> list[dict]:
     """The records of a negatives file, "image" made a path below `images`. Raises BadInput."""
     records = []
-    try:
-        for line in path.open(encoding="utf-8"):
-            record = json.loads(line)
-            texts = [record[kind] for kind in KINDS if record[kind] is not None]
-            if not all(isinstance(text, str) for text in (record["caption"], *texts)):
-                raise TypeError("a caption is not text")
-            records.append(record | {"image": str(images / record["image"])})
-    except OSError as e:
-        raise BadInput(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        reason = f"not a record of negatives.py ({type(e).__name__}: {e})"
-        raise BadInput(f"{path}, line {len(records) + 1}: {reason}") from e
+    with reading(path, "a file of negatives.py"), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            with reading(f"{path}, line {number},", "a record of negatives.py"):
+                record = json.loads(line)
+                texts = [record[kind] for kind in KINDS if record[kind] is not None]
+                if not all(isinstance(text, str) for text in (record["caption"], *texts)):
+                    raise TypeError("a caption that is not text")
+                records.append(record | {"image": str(images / record["image"])})
     return records
 
 
@@ -418,12 +406,9 @@ def collect_records(args: argparse.Namespace) -> list[dict]:
 
 def load_image(path: str, transform: Callable, box=None) -> Tensor:
     """One picture through `transform`, cropped to box (left, top, right, bottom) if given."""
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            return transform(image.crop(box) if box else image)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"cannot read the picture {path}: {e}") from e
+    with reading(path, "a picture"), Image.open(path) as image:
+        image = image.convert("RGB")
+        return transform(image.crop(box) if box else image)
 
 
 class Pairs(Dataset):
@@ -460,8 +445,7 @@ def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list
             yield [(epoch, i) for i in order[start : start + share]]
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -643,20 +627,12 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
     return out / f"epoch_{args.epochs}.pt"
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 # The toy world's own settings; everything else stays the paper's.
-TOY = dict(
-    model="toy",
-    pretrained=None,
-    losses=["itc", "itc,hn", FULL],
-    epochs=2,
-    batch_size=128,
-    lr=2e-3,
-    workers=0,
-)
-TOY_PRETRAINING = dict(epochs=2, lr=1.5e-3)
+TOY = {"model": "toy", "pretrained": None, "losses": ["itc", "itc,hn", FULL], "workers": 0}
+TOY |= {"epochs": 2, "batch_size": 64, "lr": 1e-3}
+TOY_PRETRAINING = {"lr": 1.5e-3}
 
 
 def parse_args() -> argparse.Namespace:

@@ -31,6 +31,7 @@ from ce_clip import (
     load_model,
     read_json,
     read_negatives,
+    reading,
 )
 
 
@@ -42,8 +43,7 @@ class Item(NamedTuple):
     negative: str
 
 
-# --------------------------------------------------------------------------------------------------
-# Benchmarks: each yields its items, whether or not the picture is there
+# ---- Benchmarks: each yields its items, whether or not the picture is there ----------------------
 
 TOY_RUNS = {  # row of the table: run of ce_clip.py
     "pre-trained": "toy-pretrained",
@@ -87,15 +87,13 @@ def sugarcrepe_items(root: Path) -> Iterator[Item]:
     for subset in (s for subsets in SUGARCREPE.values() for s in subsets):
         path = root / "sugarcrepe" / f"{subset}.json"
         for key, item in read_json(path).items():  # keys are not contiguous
-            try:
+            with reading(f"{path}, item {key},", "an item of SugarCrepe"):
                 image = str(root / "coco" / "val2017" / item["filename"])
-                yield Item(subset, image, None, item["caption"], item["negative_caption"])
-            except (KeyError, TypeError) as e:
-                raise BadInput(f"{path}, item {key}: not a SugarCrepe item ({e!r})") from e
+                item = Item(subset, image, None, item["caption"], item["negative_caption"])
+            yield item
 
 
-# --------------------------------------------------------------------------------------------------
-# Features: every distinct picture and text once
+# ---- Features: every distinct picture and text once ----------------------------------------------
 
 
 class Pictures(Dataset):
@@ -149,8 +147,7 @@ def encode(loaded: Loaded, items: list[Item], device, batch_size=64, workers=0) 
     return Features(dict(zip(pictures, image_rows)), dict(zip(texts, text_rows)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics: numbers in, numbers out
+# ---- Metrics: numbers in, numbers out ------------------------------------------------------------
 
 
 class Accuracy(NamedTuple):
@@ -195,8 +192,7 @@ def score(items: list[Item], features: Features) -> dict[str, Accuracy]:
     return out
 
 
-# --------------------------------------------------------------------------------------------------
-# Reports: what a benchmark shows beside the accuracy of its groups, {column: number}
+# ---- Reports: what a benchmark shows beside the accuracy of its groups, {column: number} ---------
 
 
 def toy_extra(scores: dict[str, Accuracy], items: list[Item], features: Features) -> dict:
@@ -236,8 +232,7 @@ def print_table(title: str, rows: dict[str, dict]) -> None:
     print(f"\n{title}\n\n{table}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 
 class Benchmark(NamedTuple):

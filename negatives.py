@@ -14,6 +14,7 @@ string). Everything works on token positions, never on substrings.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -39,6 +40,18 @@ class BadInput(Exception):
     """A user's mistake: one line that says what is wrong, where, and what to do."""
 
 
+@contextlib.contextmanager
+def reading(path: str | Path, expected: str):
+    """Turn whatever goes wrong while a file is read into BadInput: "cannot read PATH, EXPECTED"."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        reason = (getattr(e, "strerror", None) or str(e) or repr(e)).splitlines()[0]
+        if isinstance(e, OSError):
+            raise BadInput(f"cannot read {path}: {reason}") from e
+        raise BadInput(f"{path} is not {expected}: {type(e).__name__} {reason}") from e
+
+
 class Word(NamedTuple):
     """One token: its text, the white space after it, coarse POS, fine POS (Penn) tag and lemma."""
 
@@ -60,8 +73,7 @@ class Masked(NamedTuple):
 Filler = Callable[[list[Masked]], list[list[str]]]
 
 
-# --------------------------------------------------------------------------------------------------
-# Captions in, words out
+# ---- Captions in, words out ----------------------------------------------------------------------
 
 
 def read_captions(path: Path) -> list[dict]:
@@ -69,22 +81,15 @@ def read_captions(path: Path) -> list[dict]:
 
     White space is folded to single blanks, as CLIP's tokenizer does. Raises BadInput.
     """
-    try:
+    with reading(
+        path, "a COCO captions file (images: id, file_name; annotations: id, image_id, caption)"
+    ):
         content = json.loads(path.read_text(encoding="utf-8"))
         files = {image["id"]: image["file_name"] for image in content["images"]}
         by_image = defaultdict(list)
         for a in content["annotations"]:
-            text = " ".join(a["caption"].split())
-            by_image[files[a["image_id"]]].append(
-                {"id": a["id"], "image": files[a["image_id"]], "caption": text}
-            )
-    except OSError as e:
-        raise BadInput(f"cannot read the captions file {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise BadInput(f"{path} is not valid JSON: {e}") from e
-    except (KeyError, TypeError, AttributeError) as e:
-        fields = "images: id, file_name; annotations: id, image_id, caption"
-        raise BadInput(f"{path} is not a COCO captions file ({fields}): {e!r}") from e
+            image, text = files[a["image_id"]], " ".join(a["caption"].split())
+            by_image[image].append({"id": a["id"], "image": image, "caption": text})
     if not by_image:
         raise BadInput(f"{path} holds no captions")
     return list(itertools.chain.from_iterable(by_image.values()))
@@ -119,8 +124,7 @@ def lemmatizer(nlp) -> Callable[[str, str], str]:
     return lemma
 
 
-# --------------------------------------------------------------------------------------------------
-# Edits on token positions
+# ---- Edits on token positions --------------------------------------------------------------------
 
 
 def replace(words: list[Word], edits: dict[tuple[int, int], str]) -> str:
@@ -200,8 +204,7 @@ def fill(masked: Masked, candidates: list[str], forbidden: set[str], lemma, rng)
     return replace(masked.words, {(masked.position, masked.position + 1): choice})
 
 
-# --------------------------------------------------------------------------------------------------
-# Fillers: what could stand at the masked position
+# ---- Fillers: what could stand at the masked position --------------------------------------------
 
 
 class NgramFiller:
@@ -253,12 +256,9 @@ class MaskedLMFiller:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
+        with reading(name, "a masked language model (another way: --filler ngram)"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device).eval()
-        except (OSError, ValueError) as e:
-            hint = "give --mlm a local folder, or use --filler ngram"
-            raise BadInput(f"cannot load {name!r} ({str(e).splitlines()[0]}): {hint}") from e
         if self.tokenizer.mask_token is None:
             raise BadInput(f"the tokenizer of {name!r} has no mask token")
         self.top_k, self.batch_size = top_k, batch_size
@@ -300,8 +300,7 @@ class MaskedLMFiller:
         return out
 
 
-# --------------------------------------------------------------------------------------------------
-# The generator
+# ---- The generator -------------------------------------------------------------------------------
 
 
 def make_negatives(captions: list[dict], tagged: list[list[Word]], filler: Filler, lemma, seed=0):

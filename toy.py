@@ -52,7 +52,7 @@ PIXELS = 64  # side of a picture
 OVERSAMPLING = 3  # drawn larger, then reduced: smooth edges
 TRAIN_SCENES, TEST_SCENES = 8192, 1000
 CAPTIONS_PER_SCENE = 3
-P_COLOR = 0.65  # an object's colour is named
+P_COLOR = 0.5  # an object's colour is named
 P_SINGLE = 0.12  # the caption names one object only, so that missing negatives occur
 
 
@@ -64,8 +64,7 @@ class Scene(NamedTuple):
     object_color: str
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def _shape(
@@ -201,8 +200,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     return image.resize((PIXELS, PIXELS), Image.Resampling.BOX)
 
 
-# --------------------------------------------------------------------------------------------------
-# Captions, and the truth about them
+# ---- Captions, and the truth about them ----------------------------------------------------------
 
 
 def noun_phrase(color: str | None, noun: str) -> str:
@@ -217,7 +215,7 @@ def describe(scene: Scene, subject_color: bool = True, object_color: bool = True
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One caption: each colour named with probability 0.65; 12 % name a single object."""
+    """One caption: each colour named with probability 0.5; 12 % name a single object."""
     named = rng.random() < P_COLOR, rng.random() < P_COLOR
     if rng.random() >= P_SINGLE:
         return describe(scene, *named)
@@ -287,8 +285,7 @@ def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, st
     yield "add object", full, f"{full} and {noun_phrase(color, noun)}"
 
 
-# --------------------------------------------------------------------------------------------------
-# The world on disk: pictures and captions in COCO's layout
+# ---- The world on disk: pictures and captions in COCO's layout -----------------------------------
 
 
 def make_world(
@@ -326,8 +323,7 @@ def make_world(
         (folder / f"captions_{split}.json").write_text(json.dumps(content))
 
 
-# --------------------------------------------------------------------------------------------------
-# The tiny CLIP (0.45 M parameters) and its tokenizer
+# ---- The tiny CLIP (0.45 M parameters) and its tokenizer -----------------------------------------
 
 CONTEXT = 16
 WORDS = sorted({*OBJECTS, *COLORS, *RELATIONS, "a", "an", "and", "is"})
@@ -364,8 +360,7 @@ def tokenize(texts: str | list[str]) -> Tensor:
     return torch.tensor(rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# A sheet to look at
+# ---- A sheet to look at --------------------------------------------------------------------------
 
 
 def sheet(

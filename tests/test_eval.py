@@ -33,8 +33,7 @@ def table(text: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(header[1:], row[1:])) for row in cells[2:]}
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 def test_a_tie_is_wrong():
@@ -78,8 +77,7 @@ def test_sugarcrepe_averages_are_the_papers():
     assert found["CE-CLIP+ (paper)"][0::3] == [89.3, 87.5]
 
 
-# --------------------------------------------------------------------------------------------------
-# A small checkpoint and small benchmark folders
+# ---- A small checkpoint and small benchmark folders ----------------------------------------------
 
 TINY = {
     "embed_dim": 16,
@@ -199,8 +197,7 @@ def test_a_malformed_item_is_named(place, tmp_path):
         list(eval_bench.sugarcrepe_items(tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------
-# The real files, where they are at hand
+# ---- The real files, where they are at hand ------------------------------------------------------
 
 
 @needs_shared

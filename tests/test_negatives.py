@@ -31,8 +31,7 @@ def words(text: str) -> list[Word]:
     return [*out[:-1], out[-1]._replace(space="")]
 
 
-# --------------------------------------------------------------------------------------------------
-# Edits
+# ---- Edits ---------------------------------------------------------------------------------------
 
 
 def test_noun_units_are_runs_of_nouns():
@@ -87,8 +86,7 @@ def test_mask_knows_the_part_of_speech():
     assert negatives.mask(words("a/DET cat/NOUN"), "action", RNG) is None
 
 
-# --------------------------------------------------------------------------------------------------
-# Fillers
+# ---- Fillers -------------------------------------------------------------------------------------
 
 
 def test_ngram_ranks_by_both_neighbours_first():
@@ -150,8 +148,7 @@ def test_an_unknown_masked_lm_is_one_line(tmp_path):
         negatives.MaskedLMFiller(str(tmp_path / "nothing"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Files and the command
+# ---- Files and the command -----------------------------------------------------------------------
 
 CAPTIONS = {
     "a.jpg": ["A black dog chases a red ball .", "A dog runs after the ball on wet grass ."],

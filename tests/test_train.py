@@ -67,8 +67,7 @@ def tiny_run(world, out, *more, processes=0):
     return done, [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and checkpoints
+# ---- Models and checkpoints ----------------------------------------------------------------------
 
 
 def tiny_model(world, seed=0):
@@ -165,8 +164,7 @@ def test_other_text_towers_get_their_full_length():
     assert seen == [((2, 64), True)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Steps
+# ---- Steps ---------------------------------------------------------------------------------------
 
 
 def example_batch(world, n=8):
@@ -282,8 +280,7 @@ def test_augmentation_depends_on_seed_epoch_and_item_alone():
     assert not any(torch.equal(other, first) for other in others)
 
 
-# --------------------------------------------------------------------------------------------------
-# Whole runs
+# ---- Whole runs ----------------------------------------------------------------------------------
 
 
 def test_run_on_one_and_two_processes(world, tmp_path):
