@@ -546,12 +546,13 @@ def make_loader(args: argparse.Namespace, records: list[dict], kinds, loaded: Lo
 
 
 class RunLog:
-    """A run's folder as the first process writes it: config.json, log.jsonl and a progress bar.
+    """A run's folder as the first process writes it, and the progress bar: config.json, log.jsonl,
+    and MODEL.json for open_clip.add_model_config.
 
     The other processes write nothing. An existing run is refused, or removed with `overwrite`.
     """
 
-    def __init__(self, out: Path, config: dict, overwrite: bool, total: int):
+    def __init__(self, out: Path, config: dict, overwrite: bool, total: int, loaded: Loaded):
         self.file, self.clock = None, time.perf_counter()
         self.bar = tqdm(total=total, desc=str(out), unit="step", disable=rank() > 0)
         if rank() > 0:
@@ -562,6 +563,7 @@ class RunLog:
         for old in out.glob("epoch_*.pt"):
             old.unlink()
         (out / "config.json").write_text(json.dumps(config, indent=1))
+        (out / f"{loaded.name}.json").write_text(json.dumps(loaded.config, indent=1))
         self.file = (out / "log.jsonl").open("w", buffering=1)
 
     def write(self, step: int, epoch: int, terms: dict, threshold: Tensor, lr: float, pairs: int):
@@ -587,11 +589,11 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
     steps = len(records) // args.batch_size  # an epoch
     if steps == 0:
         raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
-    config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
-    log = RunLog(out, config, args.overwrite, steps * args.epochs)
 
     torch.manual_seed(args.seed)
     loaded = build_model(args.model, args.pretrained)
+    config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
+    log = RunLog(out, config, args.overwrite, steps * args.epochs, loaded)
     encoder = Encoder(loaded.model.to(device).train())
     if world_size() > 1:
         encoder = DistributedDataParallel(encoder)
@@ -632,7 +634,7 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
 # The toy world's own settings; everything else stays the paper's.
 TOY = {"model": "toy", "pretrained": None, "losses": ["itc", "itc,hn", FULL], "workers": 0}
 TOY |= {"epochs": 2, "batch_size": 64, "lr": 1e-3}
-TOY_PRETRAINING = {"lr": 1.5e-3}
+TOY_PRETRAINING = {"epochs": 3, "lr": 7e-4}
 
 
 def parse_args() -> argparse.Namespace:

@@ -313,6 +313,16 @@ def test_run_on_one_and_two_processes(world, tmp_path):
         features.append(torch.cat([model(images)[0], model(None, tokens.flatten(0, 1))[1]]))
     torch.testing.assert_close(*features, rtol=1e-3, atol=1e-3)
 
+    # open_clip alone, in another process, loads it to the same features
+    script = (
+        "import sys, open_clip, torch; open_clip.add_model_config(sys.argv[1] + '/tiny.json');"
+        "m = open_clip.create_model_and_transforms('tiny', pretrained=sys.argv[1] + '/epoch_2.pt');"
+        "torch.save(m[0].eval()(torch.ones(1, 3, 32, 32))[0], sys.argv[1] + '/features')"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "two"], check=True)
+    ours = ce_clip.load_model(str(tmp_path / "two" / "epoch_2.pt")).model.eval()
+    assert torch.equal(torch.load(tmp_path / "two" / "features"), ours(torch.ones(1, 3, 32, 32))[0])
+
     # again: the run that is there is refused, and untouched
     before = (tmp_path / "one" / "epoch_2.pt").read_bytes()
     done, _ = tiny_run(world, tmp_path / "one")
