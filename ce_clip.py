@@ -291,8 +291,9 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     open_clip's CLIP attends causally and pools at the end-of-text token (the highest id), so that
     cutting the batch after its last one changes nothing. Other text towers get their full length.
     """
-    if type(model) is open_clip.CLIP and model.text_pool_type == "argmax":
-        length = int(tokens.argmax(1).max()) + 1 if len(tokens) else 1
+    causal_argmax = getattr(model, "text_pool_type", "") == "argmax" and model.attn_mask is not None
+    if type(model) is open_clip.CLIP and causal_argmax and len(tokens):
+        length = int(tokens.argmax(1).max()) + 1
         positions, mask = model.positional_embedding[:length], model.attn_mask[:length, :length]
         cut = {"positional_embedding": positions, "attn_mask": mask}
         return torch.func.functional_call(model, cut, (None, tokens[:, :length]))[1]

@@ -2,7 +2,7 @@
 
     python toy.py --out sheet.png       # pictures with a caption and its hard negatives (Fig. 2)
 
-A scene is two different objects in two different colours and one relation: 10*9 * 8*7 * 8 = 40,320
+A scene is two different objects in two different colours and one relation: 14*13 * 8*7 * 8 = 81,536
 scenes. Its picture is 64 px. The world comes with a tiny CLIP and its word-level tokenizer, so that
 negatives, training and evaluation run on it in minutes on a CPU, by the code that real data takes.
 """
@@ -21,7 +21,22 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-OBJECTS = ("cat", "fish", "bird", "car", "boat", "ball", "star", "tree", "barn", "cup")
+OBJECTS = (
+    "cat",
+    "fish",
+    "bird",
+    "car",
+    "boat",
+    "ball",
+    "star",
+    "tree",
+    "barn",
+    "cup",
+    "heart",
+    "moon",
+    "hat",
+    "flower",
+)
 COLORS = {
     "red": (220, 40, 35),
     "green": (35, 150, 60),
@@ -117,6 +132,22 @@ def _shape(
         oval(0.1, -0.5, 1, 0.5)
         oval(0.35, -0.25, 0.75, 0.25, hole)
         poly((-0.9, -0.8), (0.6, -0.8), (0.4, 0.8), (-0.7, 0.8))
+    elif name == "heart":
+        oval(-1, -0.9, 0.05, 0.1)
+        oval(-0.05, -0.9, 1, 0.1)
+        poly((-0.95, -0.2), (0.95, -0.2), (0, 1))
+    elif name == "moon":  # the outer arc, and back along an inner one
+        turns = [math.pi * (0.3 + 1.4 * i / 16) for i in range(17)]
+        outer = [(math.cos(t), math.sin(t)) for t in turns]
+        poly(*outer, *((0.5 + 0.82 * a, 0.82 * b) for a, b in reversed(outer)))
+    elif name == "hat":
+        poly((-1, 0.3), (1, 0.3), (1, 0.65), (-1, 0.65))
+        poly((-0.55, -0.8), (0.55, -0.8), (0.65, 0.3), (-0.65, 0.3))
+    elif name == "flower":
+        for i in range(5):
+            a, b = 0.6 * math.cos(math.pi * i / 2.5), 0.6 * math.sin(math.pi * i / 2.5)
+            oval(a - 0.42, b - 0.42, a + 0.42, b + 0.42)
+        oval(-0.3, -0.3, 0.3, 0.3, hole)
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
@@ -370,7 +401,8 @@ def main() -> None:
     except OSError:
         p.error(f"{args.data} has no negatives_train.jsonl: run python ce_clip.py first")
     kinds = ("relation", "attribute", "action", "object")
-    records = [json.loads(line) for line in lines[: 3 * 40 : 3 * 5]]
+    records = (json.loads(line) for line in lines[:: 5 * CAPTIONS_PER_SCENE])
+    records = [record for record in records if record["relation"]][:8]
     sheet(records, args.data / "images", kinds).save(args.out)
 
 
