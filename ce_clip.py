@@ -101,10 +101,8 @@ def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
     """
     B, K = text_neg.shape
     _check("imc_loss", pos=(pos, (B,)), valid=(valid, (B, K)))
-    some = valid.any(1)  # (B,)
-    # rows without negatives are filled with 0 rather than -inf, whose gradient would be nan
-    text_neg = text_neg.masked_fill(~valid, -torch.inf).masked_fill(~some[:, None], 0)
-    return torch.where(some, text_neg.logsumexp(1) - pos, 0).sum() / B
+    negatives_mass = text_neg.masked_fill(~valid, -torch.inf).logsumexp(1)  # (B,), -inf without any
+    return torch.where(valid.any(1), negatives_mass - pos, 0).sum() / B
 
 
 def imc_loss_released(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:

@@ -53,12 +53,14 @@ TOY_RUNS = {  # row of the table: run of ce_clip.py
 }
 
 
-def toy_items(root: Path) -> Iterator[Item]:
+def toy_items(root: Path) -> list[Item]:
     """The toy world's test scenes: each kind of training negative, then the held-out kinds."""
+    items = []
     for image in read_json(root / "captions_test.json")["images"]:
         scene, rng = toy.Scene(*image["scene"]), random.Random(image["id"])
         for kind, true, false in toy.true_false_pairs(scene, rng):
-            yield Item(kind, str(root / "images" / image["file_name"]), None, true, false)
+            items.append(Item(kind, str(root / "images" / image["file_name"]), None, true, false))
+    return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
 
 
 def negatives_items(path: Path, images: Path) -> Iterator[Item]:
@@ -86,7 +88,9 @@ def sugarcrepe_items(root: Path) -> Iterator[Item]:
     """The 7 subsets of SugarCrepe (7,511 items) on COCO val2017."""
     for subset in (s for subsets in SUGARCREPE.values() for s in subsets):
         path = root / "sugarcrepe" / f"{subset}.json"
-        for key, item in read_json(path).items():  # keys are not contiguous
+        with reading(path, "a file of SugarCrepe"):
+            entries = read_json(path).items()  # keys are not contiguous
+        for key, item in entries:
             with reading(f"{path}, item {key},", "an item of SugarCrepe"):
                 image = str(root / "coco" / "val2017" / item["filename"])
                 item = Item(subset, image, None, item["caption"], item["negative_caption"])
@@ -257,7 +261,7 @@ def plan(args: argparse.Namespace) -> list[Benchmark]:
         root = Path("data", "toy")
         if not (root / "captions_test.json").exists():
             toy.make_world(root)
-        benchmarks.append(Benchmark("Toy world, unseen scenes", list(toy_items(root)), toy_extra))
+        benchmarks.append(Benchmark("Toy world, unseen scenes", toy_items(root), toy_extra))
     return benchmarks
 
 
