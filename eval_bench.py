@@ -65,8 +65,9 @@ def toy_items(root: Path) -> list[Item]:
 
 def negatives_items(path: Path, images: Path) -> Iterator[Item]:
     """The four kinds of a file that negatives.py wrote."""
-    for record in read_negatives(path, images):
-        for kind in KINDS:
+    records = read_negatives(path, images)
+    for kind in KINDS:
+        for record in records:
             if record[kind]:
                 yield Item(kind, record["image"], None, record["caption"], record[kind])
 
