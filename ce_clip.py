@@ -405,7 +405,7 @@ def collect_records(args: argparse.Namespace) -> list[dict]:
 
 def load_image(path: str, transform: Callable, box=None) -> Tensor:
     """One picture through `transform`, cropped to box (left, top, right, bottom) if given."""
-    with reading(path, "a picture"), Image.open(path) as image:
+    with reading(f"the picture {path}", "a picture"), Image.open(path) as image:
         image = image.convert("RGB")
         return transform(image.crop(box) if box else image)
 
@@ -696,7 +696,10 @@ if __name__ == "__main__":
     try:
         main()
     except BadInput as e:
-        sys.exit(f"ce_clip.py: error: {str(e).splitlines()[-1]}")  # a loader's error spans lines
+        # an error of a loader process spans lines, the last one "negatives.BadInput: ..."
+        sys.exit(
+            "ce_clip.py: error: " + str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

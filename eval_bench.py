@@ -329,4 +329,6 @@ if __name__ == "__main__":
     try:
         main()
     except BadInput as e:
-        sys.exit(f"eval_bench.py: error: {str(e).splitlines()[-1]}")  # a loader's spans lines
+        sys.exit(
+            "eval_bench.py: error: " + str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
+        )

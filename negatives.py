@@ -256,7 +256,7 @@ class MaskedLMFiller:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        with reading(name, "a masked language model (another way: --filler ngram)"):
+        with reading(f"the masked LM {name} (another way: --filler ngram)", "a masked LM"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device).eval()
         if self.tokenizer.mask_token is None:

@@ -181,19 +181,29 @@ def test_command_on_negatives(place):
         (["--ckpt", "no-such-tag", "--data-root", "data"], "cannot load 'no-such-tag'"),
     ],
 )
-def test_mistakes_are_one_line(place, options, message):
-    done = run(*options, cwd=place)
+def test_mistakes_are_one_line(place, monkeypatch, options, message):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["eval_bench.py", *options])
+    with pytest.raises(BadInput) as e:
+        eval_bench.main()
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_mistake_on_the_command_line_exits_with_its_line(place):
+    done = run("--ckpt", "tiny.pt", "--data-root", "nowhere", cwd=place)
     assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("eval_bench.py: error: ")
-    assert message in line
+    message = "cannot read nowhere/sugarcrepe/replace_obj.json: No such file or directory"
+    assert done.stderr.splitlines()[-1] == f"eval_bench.py: error: {message}"
     assert "Traceback" not in done.stderr
 
 
 def test_a_malformed_item_is_named(place, tmp_path):
     (tmp_path / "sugarcrepe").mkdir()
     (tmp_path / "sugarcrepe" / "replace_obj.json").write_text('{"7": {"caption": "a"}}')
-    with pytest.raises(BadInput, match="replace_obj.json, item 7: not a SugarCrepe item"):
+    with pytest.raises(
+        BadInput, match="replace_obj.json, item 7, is not an item of SugarCrepe: KeyError"
+    ):
         list(eval_bench.sugarcrepe_items(tmp_path))
 
 

@@ -240,8 +240,8 @@ def test_chunks_keep_pictures_whole():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read the captions file"),
-        ("{", "is not valid JSON"),
+        (None, "cannot read .*captions.json: No such file"),
+        ("{", "is not a COCO captions file .*JSONDecodeError"),
         ('{"images": []}', "is not a COCO captions file"),
         ('{"images": [], "annotations": []}', "holds no captions"),
         ('[{"image": "a.jpg"}]', "is not a COCO captions file"),
