@@ -133,7 +133,7 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
 def test_cut_captions_have_the_same_features_and_gradient(world):
     """Cutting after the last end-of-text token is exact; token 0 is "!", not padding."""
     loaded = tiny_model(world)
-    texts = ["a red dog", "a sign saying != here", "a dog chases a ball in the park !!!"]
+    texts = ["a red dog", "a sign saying != here"]
     tokens = loaded.tokenizer(texts)
     assert (tokens[1] == 0).nonzero()[0] < tokens[1].argmax()
     grads = []
