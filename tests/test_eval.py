@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from PIL import Image
 from torch import tensor
 
@@ -79,12 +79,6 @@ def test_sugarcrepe_averages_are_the_papers():
 
 # ---- A small checkpoint and small benchmark folders ----------------------------------------------
 
-TINY = {
-    "embed_dim": 16,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 WORDS = ("red", "blue", "tall", "small", "wet", "old", "dark")
 
 

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import TINY
 from PIL import Image
 from torch import tensor
 
@@ -17,12 +18,6 @@ import ce_clip
 import toy
 from ce_clip import KINDS, BadInput, Encoder, Objective
 
-TINY = {  # a ViT: no batch norm, so that nothing but the losses couples the pairs of a batch
-    "embed_dim": 16,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 NEGATIVE = {
     "relation": "a ball chases a red dog",
     "attribute": "a blue dog chases a ball",
