@@ -6,7 +6,8 @@
 
 Shape letters: B pairs in the global batch, b of them on this process, K = 4 kinds of negative in
 the order relation, attribute, action, object; L tokens, D embedding width. S(.,.) is always a
-logit, exp(logit_scale) * cosine. The same gradient comes out on any number of processes.
+logit, exp(logit_scale) * cosine. The same gradient comes out on any number of processes, but for
+models with batch norm, whose statistics are each process's own.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import functools
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import negatives
 import toy
-from negatives import KINDS, BadInput, reading
+from negatives import KINDS, BadInput, reading, run
 
 # ---- Losses (Sec. 3.2). Tensors in, scalar out: no args object, no files, no torch.distributed. --
 #
@@ -95,8 +95,8 @@ def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
     pos       (B,)    S(I_i, T_i)
     text_neg  (B, K)  S(T_i, T_ik), caption by its own negatives
     valid     (B, K)  bool, True = exists; a caption without negatives adds 0
-    returns   ()      no lower bound: S(I,T) is in the numerator only. The loss may go below 0, and
-                      is about 70 for a CLIP at a scale of 100. ValueError on a shape mismatch.
+    returns   ()      may be below 0, and is in the tens for a CLIP at a scale of 100: S(I,T) is in
+                      the numerator only. ValueError on a shape mismatch.
     Differs from the authors' code, see imc_loss_released.
     """
     B, K = text_neg.shape
@@ -210,7 +210,7 @@ def own_pairs(sim: Tensor, sim_neg: Tensor) -> tuple[Tensor, Tensor]:
     return sim.diagonal(), sim_neg.diagonal(dim1=0, dim2=1).T
 
 
-# ---- Models and checkpoints: any dual encoder of open_clip, and the toy world's ------------------
+# ---- Models and checkpoints: open_clip's CLIPs, and the toy world's ------------------------------
 
 
 class Loaded(NamedTuple):
@@ -230,13 +230,14 @@ def build_model(name: str, pretrained: str | None = None, config: dict | None = 
 
     pretrained  an open_clip tag, or a weights file; None = random weights
     config      open_clip's model config, for a name that open_clip does not know
-    OpenAI's weights need QuickGELU, which open_clip 3 only warns about: we take the model's
-    -quickgelu twin. Raises BadInput.
+    Some weights, OpenAI's among them, need QuickGELU, which open_clip 3 only warns about: we take
+    the model's -quickgelu twin. Raises BadInput.
     """
     if name.endswith(".json"):
         name, config = Path(name).stem, read_json(Path(name))
     config = toy.MODEL if name == "toy" and config is None else config
-    if pretrained == "openai" and open_clip.get_model_config(f"{name}-quickgelu"):
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    if tag and tag.get("quick_gelu") and open_clip.get_model_config(f"{name}-quickgelu"):
         name += "-quickgelu"
     if config and open_clip.get_model_config(name) != config:
         with tempfile.TemporaryDirectory() as folder:
@@ -261,7 +262,7 @@ def load_model(weights: str, name: str | None = None) -> Loaded:
         saved = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise BadInput(f"{weights} is not a readable checkpoint: {str(e).splitlines()[0]}") from e
-    if "config" in saved and "model" in saved:
+    if isinstance(saved, dict) and "config" in saved and "model" in saved:
         return build_model(saved["model"], weights, saved["config"])
     if name is None:
         raise BadInput(f"{weights} does not say which model it holds: give --model")
@@ -298,7 +299,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     return model.encode_text(tokens, normalize=True)
 
 
-# ---- Processes. Only `main`, `train` and `gather` know about ranks. ------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
 
 
 def world_size() -> int:
@@ -548,16 +549,14 @@ class RunLog:
     """A run's folder as the first process writes it, and the progress bar: config.json, log.jsonl,
     and MODEL.json for open_clip.add_model_config.
 
-    The other processes write nothing. An existing run is refused, or removed with `overwrite`.
+    The other processes write nothing.
     """
 
-    def __init__(self, out: Path, config: dict, overwrite: bool, total: int, loaded: Loaded):
+    def __init__(self, out: Path, config: dict, total: int, loaded: Loaded):
         self.file, self.clock = None, time.perf_counter()
         self.bar = tqdm(total=total, desc=str(out), unit="step", disable=rank() > 0)
         if rank() > 0:
             return
-        if (out / "config.json").exists() and not overwrite:
-            raise BadInput(f"{out} holds a run: give another --out, or --overwrite to replace it")
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("epoch_*.pt"):
             old.unlink()
@@ -592,7 +591,7 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
     torch.manual_seed(args.seed)
     loaded = build_model(args.model, args.pretrained)
     config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
-    log = RunLog(out, config, args.overwrite, steps * args.epochs, loaded)
+    log = RunLog(out, config, steps * args.epochs, loaded)
     encoder = Encoder(loaded.model.to(device).train())
     if world_size() > 1:
         encoder = DistributedDataParallel(encoder)
@@ -683,23 +682,24 @@ def main() -> None:
         dist.init_process_group(timeout=timedelta(days=1))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     args = parse_args()
+    suffix = {losses: "" if losses == FULL else f"-{losses.replace(',', '-')}" for losses in LOSSES}
+    runs = {Path(args.out + suffix[losses]): losses for losses in args.losses}
+    first = Path(f"{args.out}-pretrained")
+    pretrain = args.data == ["toy"] and args.pretrained is None
+    for out in [first] * pretrain + list(runs):  # before hours of work, not after
+        if (out / "config.json").exists() and not args.overwrite:
+            raise BadInput(f"{out} holds a run: give another --out, or --overwrite to replace it")
     records = collect_records(args)
-    if args.data == ["toy"] and args.pretrained is None:
-        first = argparse.Namespace(**(vars(args) | TOY_PRETRAINING))
-        args.pretrained = str(train(first, "itc", Path(f"{args.out}-pretrained"), records, device))
-    for losses in args.losses:
-        out = args.out if losses == FULL else f"{args.out}-{losses.replace(',', '-')}"
-        train(args, losses, Path(out), records, device)
+    if pretrain:
+        settings = argparse.Namespace(**(vars(args) | TOY_PRETRAINING))
+        args.pretrained = str(train(settings, "itc", first, records, device))
+    for out, losses in runs.items():
+        train(args, losses, out, records, device)
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except BadInput as e:
-        # an error of a loader process spans lines, the last one "negatives.BadInput: ..."
-        sys.exit(
-            "ce_clip.py: error: " + str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
-        )
+        run(main)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

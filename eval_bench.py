@@ -11,7 +11,6 @@ positive) > cosine(image, negative), so a tie is wrong; chance is 50 %.
 
 import argparse
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from ce_clip import (
     read_json,
     read_negatives,
     reading,
+    run,
 )
 
 
@@ -269,8 +269,8 @@ def plan(args: argparse.Namespace) -> list[Benchmark]:
 def toy_checkpoints() -> dict[str, str]:
     """{row: last checkpoint} of the runs that `python ce_clip.py` made."""
     found = {}
-    for row, run in TOY_RUNS.items():
-        epochs = Path("runs", run).glob("epoch_*.pt")
+    for row, folder in TOY_RUNS.items():
+        epochs = Path("runs", folder).glob("epoch_*.pt")
         if last := max(epochs, key=lambda path: int(path.stem.split("_")[1]), default=None):
             found[row] = str(last)
     if not found:
@@ -284,7 +284,7 @@ def report(b: Benchmark, features: dict[str, Features]) -> None:
     for name, f in features.items():
         scores = score(b.items, f)
         rows[name] = {group: a.percent for group, a in scores.items()}
-        rows[name] |= b.extra(scores, b.items, f)
+        rows[name] |= b.extra(scores, [i for i in b.items if (i.image, i.box) in f.images], f)
         ties.append(f"{name} {sum(a.ties for a in scores.values())}")
     missing = sum(a.missing for a in scores.values())
     counts = {group: f"{a.scored}/{a.scored + a.missing}" for group, a in scores.items()}
@@ -309,6 +309,8 @@ def main() -> None:
     args = p.parse_args()
     if bool(args.pairs) != bool(args.images):
         p.error("--pairs and --images go together")
+    if (args.pairs or args.data_root) and not args.ckpt:
+        p.error("--data-root and --pairs need --ckpt")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoints = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
     benchmarks = plan(args)
@@ -326,9 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as e:
-        sys.exit(
-            "eval_bench.py: error: " + str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
-        )
+    run(main)

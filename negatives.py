@@ -45,11 +45,28 @@ def reading(path: str | Path, expected: str):
     """Turn whatever goes wrong while a file is read into BadInput: "cannot read PATH, EXPECTED"."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+    ) as e:
         reason = (getattr(e, "strerror", None) or str(e) or repr(e)).splitlines()[0]
         if isinstance(e, OSError):
             raise BadInput(f"cannot read {path}: {reason}") from e
         raise BadInput(f"{path} is not {expected}: {type(e).__name__} {reason}") from e
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main(); a user's mistake ends in one line and exit code 1."""
+    try:
+        main()
+    except BadInput as e:  # a loader process hands on a whole traceback, whose last line it is
+        message = str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
 class Word(NamedTuple):
@@ -256,7 +273,9 @@ class MaskedLMFiller:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        with reading(f"the masked LM {name} (another way: --filler ngram)", "a masked LM"):
+        with reading(
+            f"the masked LM {name} (another way: negatives.py --filler ngram)", "a masked LM"
+        ):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device).eval()
         if self.tokenizer.mask_token is None:
@@ -407,7 +426,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as e:
-        sys.exit(f"negatives.py: error: {e}")
+    run(main)

@@ -301,8 +301,9 @@ def make_world(
 ) -> None:
     """Write images/ and captions_{train,test}.json in COCO-captions format under `folder`.
 
-    Each entry of "images" also carries its "scene"; train and test share no scene. The captions
-    files are written last, so their presence means that the world is complete.
+    Each entry of "images" also carries its "scene". Train and test share none (but "A above B" and
+    "B below A" are two scenes that look the same: 24 of the 1,000 test scenes of seed 0 have such a
+    twin in train). captions_train.json comes last: with it, the world is complete.
     """
     rng = random.Random(seed)
     scenes = [
@@ -323,7 +324,7 @@ def make_world(
         for _ in range(CAPTIONS_PER_SCENE):
             text = caption(scene, rng)
             annotations.append({"id": len(annotations), "image_id": i, "caption": text})
-    for split, ids in (("train", range(train)), ("test", range(train, train + test))):
+    for split, ids in (("test", range(train, train + test)), ("train", range(train))):
         content = {
             "images": images[ids.start : ids.stop],
             "annotations": [a for a in annotations if a["image_id"] in ids],
@@ -356,14 +357,11 @@ WORD_ID = {word: i + 2 for i, word in enumerate(WORDS)}
 
 
 def tokenize(texts: str | list[str]) -> Tensor:
-    """(N, 16) int64: start, one id a word, end, zeros. Raises ValueError on more than 14 words."""
+    """(N, 16) int64: start, one id a word, end, zeros; words after the 14th are left out."""
     rows = []
     for text in [texts] if isinstance(texts, str) else texts:
-        ids = [START, *(WORD_ID.get(word, UNKNOWN) for word in text.split()), END]
-        if len(ids) > CONTEXT:
-            raise ValueError(
-                f"toy caption of {len(ids) - 2} words, at most {CONTEXT - 2}: {text!r}"
-            )
+        words = text.split()[: CONTEXT - 2]
+        ids = [START, *(WORD_ID.get(word, UNKNOWN) for word in words), END]
         rows.append(ids + [PAD] * (CONTEXT - len(ids)))
     return torch.tensor(rows)
 

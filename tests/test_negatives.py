@@ -144,7 +144,7 @@ def test_masked_lm_proposes_whole_words_and_does_not_depend_on_the_batch(tiny_ro
 
 
 def test_an_unknown_masked_lm_is_one_line(tmp_path):
-    with pytest.raises(BadInput, match="--filler ngram"):
+    with pytest.raises(BadInput, match="negatives.py --filler ngram"):
         negatives.MaskedLMFiller(str(tmp_path / "nothing"))
 
 
