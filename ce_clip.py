@@ -364,7 +364,8 @@ def prepare(name: str, root: Path) -> tuple[Path, Path]:
 
 
 def read_negatives(path: Path, images: Path) -> list[dict]:
-    """The records of a negatives file, "image" made a path below `images`. Raises BadInput."""
+    """The records of a negatives file, "image" made a path below `images`, "box" (left, top, right,
+    bottom), in pixels, or None. Raises BadInput."""
     records = []
     with reading(path, "a file of negatives.py"), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -373,7 +374,8 @@ def read_negatives(path: Path, images: Path) -> list[dict]:
                 texts = [record[kind] for kind in KINDS if record[kind] is not None]
                 if not all(isinstance(text, str) for text in (record["caption"], *texts)):
                     raise TypeError("a caption that is not text")
-                records.append(record | {"image": str(images / record["image"])})
+                box = record.get("box") and tuple(map(int, record["box"]))
+                records.append(record | {"image": str(images / record["image"]), "box": box})
     return records
 
 
@@ -423,7 +425,8 @@ class Pairs(Dataset):
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed CUDA, at 0.2 ms an item
             torch.default_generator.manual_seed(hash((self.seed, *key)) % 2**63)
-            return self.load(record["image"]), self.tokenizer(texts), valid
+            image = self.load(record["image"], box=record.get("box"))
+            return image, self.tokenizer(texts), valid
 
 
 def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[tuple[int, int]]]:

@@ -69,7 +69,7 @@ def negatives_items(path: Path, images: Path) -> Iterator[Item]:
     for kind in KINDS:
         for record in records:
             if record[kind]:
-                yield Item(kind, record["image"], None, record["caption"], record[kind])
+                yield Item(kind, record["image"], record["box"], record["caption"], record[kind])
 
 
 SUGARCREPE = {

