@@ -244,28 +244,32 @@ class Tagger:
 # Words that may be true of one thing; those after ":" only with those before it.
 _SAME = """
 man guy male gentleman fellow boy PERSON : ROLE; woman lady girl female PERSON : ROLE schoolgirl
-brunette; animal creature pet : dog cat horse cow sheep goat bird elephant bear zebra giraffe
-monkey; dog puppy hound : doberman greyhound terrier collie retriever poodle labrador shepherd; cat
-kitten; horse pony; cow bull cattle ox calf; bike bicycle cycle; motorcycle motorbike bike scooter
-moped; car automobile; truck van pickup; plane airplane jet aircraft airliner; boat ship sailboat
-canoe kayak raft vessel; vehicle : car bus truck van train motorcycle bike bicycle scooter; street
-road avenue lane highway path pavement sidewalk; path trail track dirt; building structure : house
-tower church home shop store barn; house home; room : kitchen bathroom bedroom office; bathroom
-restroom; table desk counter; sofa couch chair seat bench; food meal dish snack : pizza sandwich
-burger salad cake fruit vegetable meat bread; plate dish platter tray; cup mug glass; fruit : apple
-orange banana; picture photo photograph image view shot; grass field lawn yard park meadow pasture
-ground; ground floor dirt sand; beach sand shore coast ocean sea; water ocean sea lake river pool
-pond stream wave waterhole; arm hand; shoe boot sneaker; hill mountain slope cliff rock; forest wood
-tree bush; snow ice; shirt jacket coat top sweater clothes outfit suit uniform; hat cap helmet; toy
-ball; ball football basketball baseball soccer tennis frisbee; game match; big large huge giant tall
-long; small little tiny short young; old elderly older; dark black; light white bright; colorful
-bright; snowy white cold; grassy green; wooden brown; rocky stony; look watch stare staring gaze
-see; stand pose wait lean; sit rest relax lie lay sleep; crouch kneel squat; ride surf skate ski
-slide race glide; run race chase play jump leap move; walk stroll move run hike jog; hold carry
-catch retrieve bring; ride drive travel; jump leap hop fly; dress wrap; hold carry wear; eat chew;
-talk speak chat; smile laugh pose; fill cover
+blond blonde brunette; animal creature pet : dog cat horse cow sheep goat bird elephant bear zebra
+giraffe monkey; dog puppy hound : doberman greyhound terrier collie retriever poodle labrador
+shepherd; cat kitten; horse pony; cow bull cattle ox calf; bike bicycle cycle; motorcycle motorbike
+bike scooter moped; car automobile; truck van pickup; plane airplane jet aircraft airliner; boat
+ship sailboat canoe kayak raft vessel; vehicle : car bus truck van train motorcycle bike bicycle
+scooter; street road avenue lane highway path pavement sidewalk; path trail track dirt; building
+structure : house tower church home shop store barn; house home; room : kitchen bathroom bedroom
+office; bathroom restroom; table desk counter; sofa couch chair seat bench; food meal dish snack :
+pizza sandwich burger salad cake fruit vegetable meat bread; plate dish platter tray; cup mug glass;
+fruit : apple orange banana; picture photo photograph image portrait view shot camera; marking spot;
+grass field lawn yard park meadow pasture ground; ground floor dirt sand; beach sand shore coast
+ocean sea; water ocean sea lake river pool pond stream wave waterhole; arm hand; shoe boot sneaker;
+hill mountain slope cliff rock; hill slope trail track ramp; forest wood tree bush; snow ice; shirt
+jacket coat top sweater; clothes clothing outfit gear suit uniform : shirt jacket coat top sweater
+shorts pants dress; track racetrack; hat cap helmet; toy : ball frisbee; ball football basketball
+baseball soccer tennis frisbee; game match; big large huge giant tall long; small little tiny short
+young; old elderly older; dark black; light white bright; colorful colourful colored bright : red
+orange yellow green blue purple pink; tan golden yellow blond blonde; tan brown; gray grey silver;
+snowy white cold; grassy green; wooden brown; rocky stony; look watch stare staring gaze see; stand
+pose wait lean; sit rest relax lie lay sleep; crouch kneel squat; ride surf skate ski slide race
+glide; run race chase play jump leap move; walk stroll move run hike jog; hold carry catch retrieve
+bring; ride drive travel; jump leap hop fly dive; step walk climb; ascend climb cross; stick hang
+attach; dock park sit; play compete fight wrestle splash dig hug tackle chase kick; extend raise put
+swing; dress wrap; hold carry wear; eat chew; talk speak chat; smile laugh pose; fill cover
 """
-# What is true instead of a word of these can only be another of its line.
+# Of the words between two ";" one at most is true of a thing; another sort of word may be true too.
 _CONTRAST = {
     "attribute": """red orange yellow green blue purple pink brown black white gray grey tan silver
     golden blond blonde; big large huge small tiny little tall short long; young old elderly""",
@@ -275,16 +279,17 @@ _CONTRAST = {
 }
 CONTRAST = {k: [frozenset(g.split()) for g in v.split(";")] for k, v in _CONTRAST.items()}
 _PERSON = """person people adult human someone child kid youth teenager teen toddler baby"""
-_ROLE = """player rider biker cyclist skier snowboarder surfer skateboarder climber hiker runner
-swimmer worker driver officer performer dancer singer musician athlete friend family team crowd"""
+_ROLE = """player rider biker bicyclist cyclist motorcyclist racer jockey skier snowboarder surfer
+skater skateboarder rollerblader climber hiker runner swimmer wrestler worker driver officer
+performer dancer singer musician athlete friend family team crowd"""
 
 # Too vague to make a caption false, or no object: neither masked, nor filled in, nor moved.
 _WEAK = """front top side back bottom middle center centre end edge corner part couple group bunch
 lot pair row number set variety kind type sort piece bit way time day background foreground thing
 item object area place scene air distance other same different various several many few more most
-some such own next last good nice great beautiful pretty lovely cute interesting real main whole
-entire available ready able similar be have do get go take make use show see seem appear contain
-include feature come let keep help try"""
+some such own multiple single next last good nice great beautiful pretty lovely cute interesting
+real main whole entire available ready able similar be have do get go take make use show see seem
+appear contain include feature come let keep help try"""
 WEAK = frozenset(_WEAK.split())
 
 # What joins two nouns both ways, and what may stand beside it: "a dog sits next to the cat".
@@ -311,15 +316,10 @@ MAY_ALSO_BE = _may_also_be()
 
 
 def replace(words: list[Word], edits: dict[tuple[int, int], str]) -> str:
-    """The caption with the spans [start, end) replaced; nothing else changes, white space included,
-    but for an article that no longer agrees ("a dog" -> "an orange").
+    """The caption with the spans [start, end) replaced; nothing else changes, white space included.
 
     A span that opens a sentence with a capital still does so afterwards.
     """
-    for (start, _), text in list(edits.items()):
-        article = words[start - 1].text.lower() if start else ""
-        if article in ("a", "an") and takes_an(words[start].text) != takes_an(text):
-            edits = edits | {(start - 1, start): "an" if takes_an(text) else "a"}
     out, at = "", 0
     for (start, end), text in sorted(edits.items()):
         if opens_sentence(words, start) and words[start].text[0].isupper():
@@ -327,6 +327,16 @@ def replace(words: list[Word], edits: dict[tuple[int, int], str]) -> str:
         out += "".join(w.text + w.space for w in words[at:start]) + text + words[end - 1].space
         at = end
     return out + "".join(w.text + w.space for w in words[at:])
+
+
+def mended(words: list[Word], edits: dict[tuple[int, int], str]) -> dict[tuple[int, int], str]:
+    """The edits, and those of articles that would no longer agree: "a dog" -> "an owl"."""
+    articles = {}
+    for (start, _), text in edits.items():
+        article = words[start - 1].text.lower() if start else ""
+        if article in ("a", "an") and takes_an(words[start].text) != takes_an(text):
+            articles[start - 1, start] = "an" if takes_an(text) else "a"
+    return edits | articles
 
 
 def takes_an(word: str) -> bool:
@@ -339,10 +349,16 @@ def opens_sentence(words: list[Word], i: int) -> bool:
 
 
 def noun_units(words: list[Word]) -> list[tuple[int, int]]:
-    """Spans of adjacent nouns: "teddy bear" is one unit, and moves as one."""
+    """Spans of adjacent nouns: "teddy bear" is one unit, and moves as one; "close-up" is none."""
     runs = itertools.groupby(range(len(words)), lambda i: words[i].pos in NOUNS)
     units = [list(run) for is_noun, run in runs if is_noun]
-    return [(run[0], run[-1] + 1) for run in units if words[run[-1]].lemma not in WEAK]
+    units = [(run[0], run[-1] + 1) for run in units if words[run[-1]].lemma not in WEAK]
+    return [unit for unit in units if not hyphenated(words, *unit)]
+
+
+def hyphenated(words: list[Word], start: int, end: int) -> bool:
+    before, after = words[max(0, start - 1) : start], words[end : end + 1]
+    return any(w.text == "-" for w in before + after)
 
 
 def says_the_same(words: list[Word], a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -362,7 +378,7 @@ def says_the_same(words: list[Word], a: tuple[int, int], b: tuple[int, int]) -> 
     names = [[w.lemma for w in words[slice(*unit)]] for unit in (a, b)]
     if names[0] == names[1] or names[1][-1] in MAY_ALSO_BE.get(names[0][-1], ()):
         return True
-    between = {w.lemma for w in words[a[1] : b[0]] if w.pos not in NOUNS}
+    between = {w.lemma for w in words[a[1] : b[0]] if w.pos not in (*NOUNS, "ADJ", "NUM")}
     joined = between & BOTH_WAYS and between <= BOTH_WAYS | GLUE
     return bool(joined) and not modified(a[0]) and not modified(b[0])
 
@@ -385,7 +401,7 @@ def relation(words: list[Word], captions: set[str], rng: random.Random) -> tuple
     pairs = list(itertools.combinations(noun_units(words), 2))
     for a, b in rng.sample(pairs, len(pairs)):
         if not says_the_same(words, a, b):
-            swapped = replace(words, {a: text(*b), b: text(*a)})
+            swapped = replace(words, mended(words, {a: text(*b), b: text(*a)}))
             if swapped.lower() not in captions:
                 return swapped, ""
     return None, "every swap says the same" if pairs else "fewer than two nouns"
@@ -395,15 +411,20 @@ def mask(words: list[Word], kind: str, rng: random.Random) -> Masked | None:
     """One word of the kind's part of speech, chosen by `rng`; None where the caption has none."""
     pos = MASKED_POS[kind]
     positions = [
-        i for i, w in enumerate(words) if w.pos == pos and w.text.isalpha() and w.lemma not in WEAK
+        i
+        for i, w in enumerate(words)
+        if w.pos == pos
+        and w.text.isalpha()
+        and w.lemma not in WEAK
+        and not hyphenated(words, i, i + 1)
     ]
     return Masked(words, rng.choice(positions)) if positions else None
 
 
 def fill(masked: Masked, word: str) -> str:
-    old = masked.words[masked.position].text
-    word = word.upper() if old.isupper() and len(old) > 1 else word
-    return replace(masked.words, {(masked.position, masked.position + 1): word})
+    words, i = masked
+    word = word.upper() if words[i].text.isupper() and len(words[i].text) > 1 else word
+    return replace(words, mended(words, {(i, i + 1): word}))
 
 
 # ---- Fillers: what could stand at the masked position --------------------------------------------
@@ -527,8 +548,9 @@ def make_negatives(
 
     A fill is drawn from the best `top_k` of the filler's candidates that are alphabetic and whose
     lemma is neither WEAK nor in any caption of that picture, nor MAY_ALSO_BE true with a word of
-    these, and is in CONTRAST to the masked word if that has any; tagged again in its caption, it
-    must keep its part of speech. Every choice depends on `seed` and the caption's id alone.
+    these, and is in CONTRAST to the masked word if that has any (a colour gives way to a colour);
+    tagged again in its caption, it must keep its part of speech. Every choice depends on `seed` and
+    the caption's id alone.
     """
     tagged = tagger.words(c["caption"] for c in captions)
     forbidden, siblings = defaultdict(set), defaultdict(set)  # by picture
@@ -557,12 +579,12 @@ def make_negatives(
     for (record, kind, masked, rng), candidates in zip(requests, proposals):
         no = forbidden[record["image"]] | WEAK
         old = tagger.lemmas(masked.words[masked.position].text)
-        among = next((group for group in CONTRAST.get(kind, ()) if group & old), None)
+        groups = CONTRAST.get(kind, ())
         words = {c.lower(): tagger.lemmas(c) for c in candidates if c.isalpha()}
         words = [
             word
             for word, lemmas in words.items()
-            if no.isdisjoint(lemmas) and (among is None or among & lemmas)
+            if no.isdisjoint(lemmas) and all(bool(g & old) == bool(g & lemmas) for g in groups)
         ]
         waiting.append((record, kind, masked, rng.sample(words[:top_k], len(words[:top_k]))))
     while waiting:

@@ -42,6 +42,15 @@ def test_noun_units_are_runs_of_nouns():
     assert negatives.noun_units(tagged) == [(1, 3), (5, 6)]
 
 
+def test_a_part_of_a_hyphenated_word_is_neither_moved_nor_masked():
+    parts = [("A", " ", "DET"), ("tug", "", "NOUN"), ("-", "", "PUNCT"), ("of", "", "ADP")]
+    parts += [("-", "", "PUNCT"), ("war", " ", "NOUN"), ("toy", "", "NOUN"), ("-", "", "PUNCT")]
+    tagged = [Word(text, space, pos, pos, text) for text, space, pos in parts]
+    assert negatives.noun_units(tagged) == []
+    assert negatives.mask(tagged, "object", RNG) is None
+    assert negatives.noun_units(tagged[:2]) == [(1, 2)]
+
+
 def relation(text: str, captions=()) -> str | None:
     return negatives.relation(words(text), set(captions), RNG)[0]
 

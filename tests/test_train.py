@@ -1,5 +1,6 @@
 """ce_clip.py beyond the losses: models, checkpoints, processes, data and whole runs."""
 
+import functools
 import json
 import math
 import subprocess
@@ -165,7 +166,7 @@ def test_other_text_towers_get_their_full_length():
 def example_batch(world, n=8):
     loaded = tiny_model(world)
     records = ce_clip.read_negatives(world / "negatives.jsonl", world)
-    load = lambda path: ce_clip.load_image(path, loaded.eval_transform)  # noqa: E731
+    load = functools.partial(ce_clip.load_image, transform=loaded.eval_transform)
     pairs = ce_clip.Pairs(records, KINDS, load, loaded.tokenizer, seed=0)
     batch = [torch.stack(x) for x in zip(*(pairs[0, i] for i in range(n)))]
     return loaded.model, batch
@@ -263,8 +264,25 @@ def test_batches_cover_an_epoch_and_split_over_processes(monkeypatch):
     assert [a + b for a, b in zip(*parts)] == whole
 
 
+def test_a_region_is_cropped_to_its_box(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    picture.putpixel((5, 3), (255, 0, 0))
+    picture.save(tmp_path / "a.png")
+    record = {"id": 1, "image": "a.png", "caption": "a red dot", **dict.fromkeys(KINDS)}
+    lines = [record | {"box": [5, 3, 6, 4]}, record]
+    path = tmp_path / "n.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    size = lambda picture: torch.tensor(picture.size)  # noqa: E731
+    load = functools.partial(ce_clip.load_image, transform=size)
+    records = ce_clip.read_negatives(path, tmp_path)
+    pairs = ce_clip.Pairs(records, (), load, toy.tokenize, seed=0)
+    assert [pairs[0, i][0].tolist() for i in (0, 1)] == [[1, 1], [8, 8]]
+    dot = ce_clip.load_image(records[0]["image"], lambda p: p.getpixel((0, 0)), records[0]["box"])
+    assert dot == (255, 0, 0)
+
+
 def test_augmentation_depends_on_seed_epoch_and_item_alone():
-    noise = lambda path: torch.rand(3)  # noqa: E731
+    noise = lambda path, box: torch.rand(3)  # noqa: E731
     record = {"image": "", "caption": "a", **dict.fromkeys(KINDS)}
     pairs = ce_clip.Pairs([record] * 2, (), noise, toy.tokenize, seed=0)
     first = pairs[0, 1][0]
