@@ -11,10 +11,14 @@ models with batch norm, whose statistics are each process's own.
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -275,23 +279,39 @@ def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
     state = loaded.model.state_dict()
     saved = {"model": loaded.name, "config": loaded.config, "state_dict": state, **more}
     part = path.with_suffix(".part")
-    torch.save(saved, part)
+    with part.open("wb") as file:
+        torch.save(saved, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
+CHUNKS = 4  # of one text batch, each cut to the longest of its own captions
+
+
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit text features (N, D) of tokens (N, L).
+    """Unit text features (N, D) of tokens (N, L), on the model's device; `tokens` best on the CPU.
 
     open_clip's CLIP attends causally and pools at the end-of-text token (the highest id), so that
-    cutting the batch after its last one changes nothing. Other text towers get their full length.
+    cutting a batch after its last one changes nothing: captions are encoded in a few chunks sorted
+    by length. Other text towers get their full length.
     """
+    device = next(model.parameters(), tokens).device
     causal_argmax = getattr(model, "text_pool_type", "") == "argmax" and model.attn_mask is not None
-    if type(model) is open_clip.CLIP and causal_argmax and len(tokens):
-        length = int(tokens.argmax(1).max()) + 1
-        positions, mask = model.positional_embedding[:length], model.attn_mask[:length, :length]
-        cut = {"positional_embedding": positions, "attn_mask": mask}
-        return torch.func.functional_call(model, cut, (None, tokens[:, :length]))[1]
-    return model.encode_text(tokens, normalize=True)
+    if type(model) is not open_clip.CLIP or not causal_argmax or not len(tokens):
+        return model.encode_text(tokens.to(device), normalize=True)
+    length = tokens.argmax(1) + 1  # (N,)
+    order = length.argsort(stable=True)
+    features = []
+    for rows in order.chunk(CHUNKS):
+        end = int(length[rows[-1]])
+        cut = {
+            "positional_embedding": model.positional_embedding[:end],
+            "attn_mask": model.attn_mask[:end, :end],
+        }
+        chunk = tokens[rows, :end].to(device, non_blocking=True)
+        features.append(torch.func.functional_call(model, cut, (None, chunk))[1])
+    return torch.cat(features)[order.argsort().to(device, non_blocking=True)]
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -396,7 +416,8 @@ def collect_records(args: argparse.Namespace) -> list[dict]:
     if rank() == 0 and world_size() > 1:
         dist.barrier()
     pictures = {record["image"] for record in records}
-    if missing := sorted(p for p in pictures if not os.path.exists(p)):
+    missing = sorted(p for p in pictures if not os.path.exists(p))
+    if len(missing) > args.max_bad_images:
         raise BadInput(f"{len(missing)} of {len(pictures)} pictures are missing: {missing[0]} ...")
     return records
 
@@ -409,24 +430,32 @@ def load_image(path: str, transform: Callable, box=None) -> Tensor:
 
 
 class Pairs(Dataset):
-    """Item (epoch, i) -> image (3, H, W), tokens (1 + K, L), valid (K,).
+    """Item (epoch, i) -> image (3, H, W), tokens (1 + K, L), valid (K,), bad ().
 
-    A picture's augmentation depends on (seed, epoch, i) alone, not on workers or processes.
+    A picture's augmentation depends on (seed, epoch, i) alone, not on workers or processes. With
+    `skip_bad`, a picture that cannot be read gives way to the next that can; bad = i then, else -1.
     """
 
-    def __init__(self, records: list[dict], kinds, load: Callable, tokenizer, seed: int):
+    def __init__(self, records: list[dict], kinds, load: Callable, tokenizer, seed, skip_bad=False):
         self.records, self.kinds, self.load = records, kinds, load
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.seed, self.skip_bad = tokenizer, seed, skip_bad
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        record = self.records[key[1]]
-        texts = [record["caption"], *(record[kind] or "" for kind in self.kinds)]
-        valid = torch.tensor([bool(text) for text in texts[1:]], dtype=torch.bool)
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed CUDA, at 0.2 ms an item
             torch.default_generator.manual_seed(hash((self.seed, *key)) % 2**63)
-            image = self.load(record["image"], box=record.get("box"))
-            return image, self.tokenizer(texts), valid
+            for i in (*range(key[1], len(self.records)), *range(key[1])):
+                record = self.records[i]
+                try:
+                    image = self.load(record["image"], box=record.get("box"))
+                    break
+                except BadInput:
+                    if not self.skip_bad:
+                        raise
+        texts = [record["caption"], *(record[kind] or "" for kind in self.kinds)]
+        valid = torch.tensor([bool(text) for text in texts[1:]], dtype=torch.bool)
+        bad = torch.tensor(-1 if i == key[1] else key[1])
+        return image, self.tokenizer(texts), valid, bad
 
 
 def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[tuple[int, int]]]:
@@ -449,8 +478,9 @@ def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list
 class Encoder(nn.Module):
     """What DistributedDataParallel wraps: one forward for pictures and all captions that exist."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, precision: str = "fp32"):
         super().__init__()
+        self.bf16 = precision == "bf16"
         self.model = model.to(memory_format=torch.channels_last)  # ResNets: faster convolutions
         for module in model.modules():  # but 8x slower norms of few channels on a CPU: the toy's
             if isinstance(module, nn.BatchNorm2d) and module.num_features <= 8:
@@ -458,14 +488,18 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, valid: Tensor):
         """images (b, 3, H, W), tokens (b, 1 + K, L), valid (b, K) -> unit features image (b, D),
-        text (b, 1 + K, D), 0 where a negative is missing, and exp(logit_scale)."""
+        text (b, 1 + K, D), 0 where a negative is missing, and exp(logit_scale).
+
+        `tokens` and `valid` stay on the CPU: what is to be encoded is known without a device sync.
+        """
         exists = F.pad(valid, (1, 0), value=True)  # (b, 1 + K)
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             image = self.model.encode_image(images, normalize=True).float()
             encoded = encode_text(self.model, tokens[exists]).float()
-        text = image.new_zeros(*exists.shape, image.shape[-1])
-        text[exists] = encoded
+        text = image.new_zeros(exists.numel(), image.shape[-1])
+        where = exists.flatten().nonzero().squeeze(1).to(images.device, non_blocking=True)
+        text = text.index_copy(0, where, encoded).view(*exists.shape, -1)
         return image, text, self.model.logit_scale.exp()
 
 
@@ -522,64 +556,139 @@ class Objective(NamedTuple):
         )
 
 
-def batch_loss(encoder, batch: list[Tensor], threshold: Tensor, objective: Objective):
-    """(loss, its terms, pos (B,), neg (B, K), valid (B, K)) of one global batch, Eq. (8)."""
-    image, text, scale = encoder(*batch)
-    image, text, valid = gather(image), gather(text), gather(batch[-1])
+def batch_loss(features: list[Tensor], valid: Tensor, threshold: Tensor, objective: Objective):
+    """(loss, its terms, pos (B,), neg (B, K), valid (B, K)) of one global batch, Eq. (8), from this
+    process's features and valid (b, K)."""
+    image, text, scale = features
+    image, text, valid = gather(image), gather(text), gather(valid)
     sim, sim_neg, text_neg = similarities(image, text, scale)
     if objective.imc is imc_loss:  # Eq. (3) knows a caption's own negatives only
         text_neg = text_neg.diagonal(dim1=0, dim2=1).T  # (B, K)
     _, alpha, beta, imc = objective
     loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta, imc)
+    terms = {"loss": loss, **terms, "logit_scale": scale}
     return loss, terms, *own_pairs(sim.detach(), sim_neg.detach()), valid
 
 
-def make_loader(args: argparse.Namespace, records: list[dict], kinds, loaded: Loaded) -> DataLoader:
+def backward(encoder: nn.Module, batch, threshold: Tensor, objective: Objective, micro: int = 0):
+    """Add the gradient of one global batch to the parameters; returns what batch_loss does.
+
+    batch  images (b, 3, H, W), on the device, tokens (b, 1 + K, L) and valid (b, K) on the CPU
+    micro  0, or how many pairs at a time have a graph (gradient caching): the features of all are
+           computed without one, the loss gives their gradients, and these go through the encoder in
+           chunks. Same gradient, the memory of `micro` pairs, one more forward pass.
+    """
+    valid = batch[2].to(batch[0].device, non_blocking=True)
+    if not micro:
+        loss, *rest = batch_loss(encoder(*batch), valid, threshold, objective)
+        loss.backward()
+        return loss, *rest
+    chunks = list(zip(*(x.split(micro) for x in batch)))
+    with torch.no_grad():
+        images, texts, scales = zip(*(getattr(encoder, "module", encoder)(*c) for c in chunks))
+    features = [torch.cat(images), torch.cat(texts), scales[0].clone()]
+    loss, *rest = batch_loss([f.requires_grad_() for f in features], valid, threshold, objective)
+    loss.backward()
+    image, text, scale = (f.grad for f in features)
+    for n, (chunk, *grads) in enumerate(zip(chunks, image.split(micro), text.split(micro)), 1):
+        last = n == len(chunks)  # the processes' gradients are added up once
+        with contextlib.nullcontext() if last or world_size() == 1 else encoder.no_sync():
+            torch.autograd.backward(encoder(*chunk), [*grads, scale / len(chunks)])
+    return loss, *rest
+
+
+def make_loader(args, records: list[dict], kinds, loaded: Loaded, start: int) -> DataLoader:
+    """The batches of the whole run after step `start`."""
     load = functools.partial(load_image, transform=loaded.train_transform)
     if args.data == ["toy"]:  # small pictures, jittered when they were drawn: each is decoded once
         load = functools.cache(functools.partial(load_image, transform=loaded.eval_transform))
+    keys = batch_keys(len(records), args.batch_size, args.epochs, args.seed)
     return DataLoader(
-        Pairs(records, kinds, load, loaded.tokenizer, args.seed),
-        batch_sampler=batch_keys(len(records), args.batch_size, args.epochs, args.seed),
+        Pairs(records, kinds, load, loaded.tokenizer, args.seed, args.max_bad_images > 0),
+        batch_sampler=list(itertools.islice(keys, start, None)),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=own_session,
     )
 
 
-class RunLog:
-    """A run's folder as the first process writes it, and the progress bar: config.json, log.jsonl,
-    and MODEL.json for open_clip.add_model_config.
+def own_session(_worker: int) -> None:
+    os.setsid()  # a signal to the trainer's process group is the trainer's alone
 
-    The other processes write nothing.
+
+class RunLog:
+    """A run's folder as the first process writes it: config.json, log.jsonl, MODEL.json for
+    open_clip.add_model_config, and the progress bar. The other processes write nothing.
+
+    Steps are kept on the device until `flush`; after `start` of them a resumed run goes on.
     """
 
-    def __init__(self, out: Path, config: dict, total: int, loaded: Loaded):
-        self.file, self.clock = None, time.perf_counter()
-        self.bar = tqdm(total=total, desc=str(out), unit="step", disable=rank() > 0)
+    def __init__(self, out: Path, config: dict, total: int, loaded: Loaded, start: int):
+        self.waiting, self.clock, self.file = [], time.perf_counter(), None
+        bar = {"total": total, "initial": start, "desc": str(out), "unit": "step"}
+        self.bar = tqdm(**bar, disable=rank() > 0)
         if rank() > 0:
             return
         out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("epoch_*.pt"):
-            old.unlink()
-        (out / "config.json").write_text(json.dumps(config, indent=1))
-        (out / f"{loaded.name}.json").write_text(json.dumps(loaded.config, indent=1))
-        self.file = (out / "log.jsonl").open("w", buffering=1)
+        log, lines = out / "log.jsonl", []
+        if start:  # no line lost or doubled
+            lines = log.read_text().splitlines(keepends=True)[:start]
+        else:
+            for old in (*out.glob("epoch_*.pt"), *out.glob("step_*.pt")):
+                old.unlink()
+            (out / "config.json").write_text(json.dumps(config, indent=1))
+            (out / f"{loaded.name}.json").write_text(json.dumps(loaded.config, indent=1))
+        with (part := out / "log.part").open("w") as file:
+            file.writelines(lines)
+        os.replace(part, log)
+        self.file = log.open("a")
 
-    def write(self, step: int, epoch: int, terms: dict, threshold: Tensor, lr: float, pairs: int):
-        """One line: every loss term, every threshold, exp(logit_scale), lr, pairs/s."""
-        terms |= {f"threshold_{kind}": t for kind, t in zip(KINDS, threshold)}
-        values = torch.stack(
-            [t.detach().squeeze() for t in terms.values()]
-        ).tolist()  # one transfer
+    def add(self, step: int, epoch: int, lr: float, terms: dict[str, Tensor]) -> None:
+        values = torch.stack([t.detach().float().squeeze() for t in terms.values()])
+        self.waiting.append(({"step": step, "epoch": epoch, "lr": lr}, list(terms), values))
+
+    def flush(self, pairs: int) -> None:
+        """Write a line for each waiting step of `pairs` pairs: every loss term and threshold,
+        exp(logit_scale), lr, pairs/s. A loss that is not finite raises BadInput."""
+        if not self.waiting:
+            return
+        rows = torch.stack([values for *_, values in self.waiting]).tolist()  # one transfer
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        line = {"step": step, "epoch": epoch} | dict(zip(terms, values))
-        line |= {"lr": lr, "pairs_per_s": pairs / seconds}
-        if not math.isfinite(line["loss"]):
-            raise BadInput(f"the loss is not finite: {json.dumps(line)}")
+        speed = {"pairs_per_s": pairs * len(rows) / seconds}
+        for (line, names, _), row in zip(self.waiting, rows):
+            line |= dict(zip(names, row)) | speed
+            if not math.isfinite(line["loss"]):
+                raise BadInput(f"the loss is not finite: {json.dumps(line)}")
+            if self.file:
+                self.file.write(json.dumps(line) + "\n")
         if self.file:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-        self.bar.update()
+        self.bar.update(len(rows))
+        self.waiting = []
+
+
+OPERATION = ("out", "resume", "overwrite", "workers", "save_every", "max_bad_images", "processes")
+
+
+def last_state(out: Path, config: dict) -> dict:
+    """What the newest whole step_*.pt of a run holds, {} if none; a damaged one is passed over.
+
+    Refuses a run of other settings; OPERATION may differ, for it changes no result.
+    """
+    if not (out / "config.json").exists():
+        return {}
+    old, new = read_json(out / "config.json"), json.loads(json.dumps(config))
+    differ = [k for k, v in new.items() if k not in OPERATION and old.get(k) != v]
+    if was := "; ".join(f"{k} {old.get(k)}, now {new[k]}" for k in differ):
+        raise BadInput(f"{out} was begun with {was}: resume with the same settings")
+    for path in sorted(out.glob("step_*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            tqdm.write(f"{path} is damaged, passed over: {str(e).splitlines()[0]}", sys.stderr)
+    return {}
 
 
 def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict], device) -> Path:
@@ -588,44 +697,100 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
     steps = len(records) // args.batch_size  # an epoch
     if steps == 0:
         raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
+    config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
+    state = last_state(out, config) if args.resume else {}
+    start, total = state.get("step", 0), steps * args.epochs
 
     torch.manual_seed(args.seed)
-    loaded = build_model(args.model, args.pretrained)
-    config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
-    log = RunLog(out, config, steps * args.epochs, loaded)
-    encoder = Encoder(loaded.model.to(device).train())
-    if world_size() > 1:
-        encoder = DistributedDataParallel(encoder)
-    groups = parameter_groups(loaded.model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    factor = functools.partial(lr_factor, warmup=args.warmup, total=steps * args.epochs)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    loaded = build_model(args.model, None if state else args.pretrained)
     # before the first step there is no earlier one: Th^0 = 0, as in the authors' code
     threshold = torch.full((len(objective.kinds),), args.threshold or 0.0, device=device)
+    encoder = Encoder(loaded.model.to(device).train(), args.precision)
+    groups = parameter_groups(loaded.model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    if state:
+        loaded.model.load_state_dict(state["state_dict"])
+        optimizer.load_state_dict(state["optimizer"])
+        threshold = state["threshold"].to(device)
+    if world_size() > 1:
+        encoder = DistributedDataParallel(encoder)
+    log = RunLog(out, config, total, loaded, start)
 
-    batches = make_loader(args, records, objective.kinds, loaded)
-    with log.bar:
-        for step, batch in enumerate(batches, 1):
-            batch = [x.to(device, non_blocking=True) for x in batch]
-            loss, terms, pos, neg, valid = batch_loss(encoder, batch, threshold, objective)
+    def save(name: str, **more) -> None:
+        log.flush(args.batch_size)
+        if rank() == 0:
+            more |= {"threshold": threshold.cpu(), "step": step, "run": config}
+            save_checkpoint(out / name, loaded, **more)
+
+    stop, bad = StopSignal(), set()
+    often = 10 if device.type == "cuda" else 1  # looking at a value costs a device sync
+    batches = make_loader(args, records, objective.kinds, loaded, start)
+    with log.bar, stop:
+        for step, (images, tokens, valid, bad_items) in enumerate(batches, start + 1):
+            batch = [images.to(device, non_blocking=True), tokens, valid]
+            lr = args.lr * lr_factor(step - 1, args.warmup, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.zero_grad()
-            loss.backward()
+            _, terms, pos, neg, valid = backward(
+                encoder, batch, threshold, objective, args.micro_batch
+            )
             optimizer.step()
-            scale = loaded.model.logit_scale
-            scale.data.clamp_(0, math.log(100))  # [CLIP, authors' code]
+            loaded.model.logit_scale.data.clamp_(0, math.log(100))  # [CLIP, authors' code]
 
-            terms = {"loss": loss, **terms, "logit_scale": scale.exp()}
-            lr, epoch = schedule.get_last_lr()[0], math.ceil(step / steps)
-            log.write(step, epoch, terms, threshold, lr, args.batch_size)
-            schedule.step()
+            terms |= {f"threshold_{kind}": t for kind, t in zip(KINDS, threshold)}
+            epoch = math.ceil(step / steps)
+            log.add(step, epoch, lr, terms)
             if args.threshold is None:
                 threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
-            if step == epoch * steps and rank() == 0:
-                state = {"threshold": threshold.cpu(), "step": step, "run": config}
-                save_checkpoint(out / f"epoch_{epoch}.pt", loaded, **state)
+            if step == epoch * steps:
+                save(f"epoch_{epoch}.pt")
+            for i in bad_items[bad_items >= 0].tolist():
+                if (path := records[i]["image"]) not in bad:
+                    bad.add(path)
+                    tqdm.write(
+                        f"{path} cannot be read: another picture takes its place", sys.stderr
+                    )
+            if step % often and step not in (total, epoch * steps):
+                continue
+            log.flush(args.batch_size)
+            asked, unread = agree(stop.asked, len(bad), device)
+            if unread > args.max_bad_images:
+                raise BadInput(f"{unread} pictures cannot be read, more than --max-bad-images")
+            if asked or step % args.save_every == 0 or step == epoch * steps:
+                save(f"step_{step:08d}.pt", optimizer=optimizer.state_dict())
+                for old in sorted(out.glob("step_*.pt"))[:-2] if rank() == 0 else ():
+                    old.unlink()
+            if asked and step < total:
+                raise BadInput(f"stopped after step {step} of {total}: --resume goes on")
     if world_size() > 1:
         dist.barrier()  # the checkpoint is there for every process that loads it next
     return out / f"epoch_{args.epochs}.pt"
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """`asked` is True once SIGTERM or Ctrl-C has come; both wait for the end of a step."""
+
+    asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_):
+        self.asked = True
+
+
+def agree(stop: bool, bad: int, device) -> tuple[bool, int]:
+    """(whether any process is to stop, the bad pictures of all)."""
+    seen = torch.tensor([int(stop), bad], device=device)
+    if world_size() > 1:
+        dist.all_reduce(seen)
+    return bool(seen[0]), int(seen[1])
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -660,9 +825,16 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, default=5e-6, help="[authors' code; paper: default]")
     add("--warmup", type=int, default=50, help="steps, then a cosine to 0 [authors' code]")
     add("--weight-decay", type=float, default=0.1, help="[authors' code]")
+    cuda = torch.cuda.is_available()
+    default = "bf16" if cuda else "fp32"
+    add("--precision", choices=("bf16", "fp32"), default=default, help="of the two encoders [ours]")
+    add("--micro-batch", type=int, default=0, help="pairs a process encodes at a time, 0: all")
     add("--seed", type=int, default=42, help="[authors' code]")
     p.add_argument("--out", help="run folder [runs/DATA]; other losses get -LOSSES added")
     p.add_argument("--overwrite", action="store_true", help="replace runs that are there")
+    p.add_argument("--resume", action="store_true", help="go on with what --out holds, if anything")
+    p.add_argument("--save-every", type=int, default=1000, help="steps between states to resume")
+    p.add_argument("--max-bad-images", type=int, default=0, help="go on without so many pictures")
     if p.parse_known_args()[0].data == ["toy"]:
         p.set_defaults(**TOY)
     args = p.parse_args()
@@ -688,8 +860,8 @@ def main() -> None:
     first = Path(f"{args.out}-pretrained")
     pretrain = args.data == ["toy"] and args.pretrained is None
     for out in [first] * pretrain + list(runs):  # before hours of work, not after
-        if (out / "config.json").exists() and not args.overwrite:
-            raise BadInput(f"{out} holds a run: give another --out, or --overwrite to replace it")
+        if (out / "config.json").exists() and not (args.overwrite or args.resume):
+            raise BadInput(f"{out} holds a run: give another --out, --resume or --overwrite")
     records = collect_records(args)
     if pretrain:
         settings = argparse.Namespace(**(vars(args) | TOY_PRETRAINING))

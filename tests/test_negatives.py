@@ -1,5 +1,7 @@
 """negatives.py: captions in, edits on token positions, the two fillers, the command."""
 
+import contextlib
+import io
 import json
 import random
 import signal
@@ -102,6 +104,13 @@ def test_coordinated_units_still_change_places_with_others():
     tagged = words("boys/NOUN riding/VERB horses/NOUN and/CCONJ mules/NOUN")
     found = {negatives.relation(tagged, set(), random.Random(i))[0] for i in range(20)}
     assert found == {"horses riding boys and mules", "mules riding horses and boys"}
+
+
+def test_a_coordinated_pair_stays_so_with_others_between():
+    tagged = words("a/DET dog/NOUN ,/PUNCT a/DET red/ADJ cat/NOUN and/CCONJ a/DET bird/NOUN")
+    found = {negatives.relation(tagged, set(), random.Random(i))[0] for i in range(20)}
+    # not: a bird , a red cat and a dog
+    assert found == {"a cat , a red dog and a bird", "a dog , a red bird and a cat"}
 
 
 def test_a_swap_that_is_a_caption_of_the_picture_is_not_taken():
@@ -314,17 +323,24 @@ CAPTIONS = {
 }
 
 
-def run(*args, launcher=(), **options):
-    command = [sys.executable, *launcher, "negatives.py", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def run(*args):
+    """negatives.py with these arguments, in this process: (exit code, what it said on stderr)."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["negatives.py", *map(str, args)])
+        try:
+            negatives.run(negatives.main)
+        except SystemExit as e:
+            return (e.code, errors.getvalue()) if isinstance(e.code, int) else (1, f"{e.code}\n")
+    return 0, errors.getvalue()
 
 
 @pytest.mark.parametrize("filler", ["ngram", "mlm"])
 def test_command_end_to_end(tmp_path, tiny_roberta, filler):
     source, out = coco_captions(tmp_path / "captions.json", CAPTIONS), tmp_path / "out.jsonl"
     options = ["--filler", filler, "--mlm", tiny_roberta, "--captions", source]
-    done = run(*options, "--out", out, "--report", tmp_path / "report.json")
-    assert done.returncode == 0, done.stderr
+    code, said = run(*options, "--out", out, "--report", tmp_path / "report.json")
+    assert code == 0, said
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [set(r) for r in records] == [{"id", "image", "caption", *KINDS, "missing"}] * 7
     assert records[3]["caption"] == "girls eating lunch"
@@ -344,14 +360,10 @@ def test_command_end_to_end(tmp_path, tiny_roberta, filler):
     assert found == negatives.report(out)
     assert found["captions"] == 7
 
-    again = run(*options, "--out", out)
-    assert again.returncode == 1
-    assert (
-        again.stderr
-        == f"negatives.py: error: {out} exists: give another --out, or --overwrite to replace it\n"
-    )
+    exists = f"{out} exists: give another --out, or --overwrite to replace it"
+    assert run(*options, "--out", out) == (1, f"negatives.py: error: {exists}\n")
     before = out.read_bytes()
-    assert run(*options, "--out", out, "--overwrite").returncode == 0
+    assert run(*options, "--out", out, "--overwrite")[0] == 0
     assert out.read_bytes() == before
     names = ["captions.json", "out.jsonl", "report.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
@@ -582,8 +594,9 @@ SLOW = SMALL.replace(
 )
 
 
-def test_shares_in_order_are_the_whole(many, tmp_path, monkeypatch):
+def test_shares_in_order_are_the_whole(many, tmp_path, monkeypatch, tagger):
     source, whole = many
+    monkeypatch.setattr(negatives, "Tagger", lambda: tagger)  # loaded once
     monkeypatch.setattr(negatives.chunks, "__defaults__", (50,))
     for n in (1, 5, 20):  # 20 shares of 12 chunks: some are empty
         shares = [
@@ -704,6 +717,6 @@ def limit_file_size():
 
 @pytest.mark.parametrize("shard", ["3", "0/2", "3/2", "a/b", "1/0"])
 def test_bad_shards(tmp_path, shard):
-    done = run("--captions", "x", "--out", tmp_path / "o", "--shard", shard)
-    assert done.returncode == 2
-    assert "--shard is I/N with I from 1 to N" in done.stderr
+    code, said = run("--captions", "x", "--out", tmp_path / "o", "--shard", shard)
+    assert code == 2
+    assert "--shard is I/N with I from 1 to N" in said

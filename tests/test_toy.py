@@ -175,6 +175,7 @@ def test_the_sheet_shows_what_was_generated(small, tmp_path):
         small / "data" / "toy" / "captions_train.json",
         small / "data" / "toy" / "negatives_train.jsonl",
         "ngram",
+        overwrite=True,
     )
     command = [sys.executable, ROOT / "toy.py", "--data", small / "data" / "toy", "--out"]
     done = subprocess.run([*command, tmp_path / "x.png"], capture_output=True, text=True)

@@ -1,11 +1,17 @@
 """ce_clip.py beyond the losses: models, checkpoints, processes, data and whole runs."""
 
+import contextlib
 import functools
+import io
 import json
 import math
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -16,6 +22,7 @@ from PIL import Image
 from torch import tensor
 
 import ce_clip
+import negatives
 import toy
 from ce_clip import KINDS, BadInput, Encoder, Objective
 
@@ -42,24 +49,36 @@ def world(tmp_path_factory):
     return folder
 
 
+def tiny_start(world, out, *more):
+    command = [sys.executable, "ce_clip.py", *map(str, tiny_options(world, out)), *map(str, more)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
 def run(*args, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    command = [sys.executable, *(torchrun if processes else []), "ce_clip.py", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    """ce_clip.py with these arguments: in this process, or under torchrun."""
+    if processes:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *torchrun, "--standalone", "ce_clip.py", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True)
+    errors, code = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["ce_clip.py", *map(str, args)])
+        try:
+            negatives.run(ce_clip.main)
+        except SystemExit as e:
+            code = 1
+            print(e, file=errors)
+    return SimpleNamespace(returncode=code, stderr=errors.getvalue())
+
+
+def tiny_options(world, out):
+    options = ["--data", world / "negatives.jsonl", "--images", world, "--pretrained", "none"]
+    options += ["--model", world / "tiny.json", "--batch-size", 8, "--epochs", 2, "--lr", 1e-3]
+    return [*options, "--workers", 0, "--warmup", 2, "--out", out]
 
 
 def tiny_run(world, out, *more, processes=0):
-    options = [
-        "--data",
-        world / "negatives.jsonl",
-        "--images",
-        world,
-        "--model",
-        world / "tiny.json",
-    ]
-    options += ["--pretrained", "none", "--batch-size", 8, "--epochs", 2, "--lr", 1e-3]
-    options += ["--workers", 0, "--warmup", 2, "--out", out]
-    done = run(*options, *more, processes=processes)
+    done = run(*tiny_options(world, out), *more, processes=processes)
     return done, [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
@@ -168,7 +187,8 @@ def example_batch(world, n=8):
     records = ce_clip.read_negatives(world / "negatives.jsonl", world)
     load = functools.partial(ce_clip.load_image, transform=loaded.eval_transform)
     pairs = ce_clip.Pairs(records, KINDS, load, loaded.tokenizer, seed=0)
-    batch = [torch.stack(x) for x in zip(*(pairs[0, i] for i in range(n)))]
+    *batch, bad = [torch.stack(x) for x in zip(*(pairs[0, i] for i in range(n)))]
+    assert (bad == -1).all()
     return loaded.model, batch
 
 
@@ -188,7 +208,7 @@ def test_missing_negatives_are_not_encoded_and_their_features_are_zero(world):
         )
 
 
-def gradients(world, objective) -> dict[str, torch.Tensor]:
+def gradients(world, losses: str, micro: int = 0) -> dict[str, torch.Tensor]:
     """Gradients of all parameters on this process's share of one global batch of 8."""
     model, batch = example_batch(world)
     encoder = Encoder(model)
@@ -196,29 +216,59 @@ def gradients(world, objective) -> dict[str, torch.Tensor]:
         encoder = torch.nn.parallel.DistributedDataParallel(encoder)
     share = 8 // ce_clip.world_size()
     rows = slice(ce_clip.rank() * share, (ce_clip.rank() + 1) * share)
-    threshold = torch.ones(len(KINDS))
-    loss, *_ = ce_clip.batch_loss(encoder, [x[rows] for x in batch], threshold, objective)
-    loss.backward()
+    batch, objective = [x[rows] for x in batch], Objective.parse(losses, 0.2, 0.4)
+    loss, *_ = ce_clip.backward(encoder, batch, torch.ones(len(KINDS)), objective, micro)
     return {n: p.grad for n, p in model.named_parameters()} | {"loss": loss.detach()}
 
 
-def one_of_two(rank: int, world, out: str, losses: str):
+def one_of_two(rank: int, world, out: str, losses: str, micro: int):
     dist.init_process_group("gloo", f"file://{out}.init", rank=rank, world_size=2)
-    torch.save(gradients(Path(world), Objective.parse(losses, 0.2, 0.4)), f"{out}.{rank}")
+    torch.save(gradients(Path(world), losses, micro), f"{out}.{rank}")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("losses", ["itc,hn,imc,cmr", "itc,hn,imc_released,cmr"])
-def test_two_processes_have_the_gradient_of_one(world, tmp_path, losses):
+def assert_same(found: dict, expected: dict) -> None:
+    assert expected["visual.conv1.weight"].abs().max() > 1e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("losses", "micro"),
+    [("itc,hn,imc,cmr", 0), ("itc,hn,imc_released,cmr", 0), ("itc,hn,imc,cmr", 3)],
+)
+def test_two_processes_have_the_gradient_of_one(world, tmp_path, losses, micro):
     """Of every parameter. A gather without gradient halves all but logit_scale's."""
     out = str(tmp_path / "gradients")
-    torch.multiprocessing.spawn(one_of_two, (str(world), out, losses), nprocs=2)
-    expected = gradients(world, Objective.parse(losses, 0.2, 0.4))
-    assert expected["visual.conv1.weight"].abs().max() > 1e-3
+    torch.multiprocessing.spawn(one_of_two, (str(world), out, losses, micro), nprocs=2)
     for rank in range(2):
-        found = torch.load(f"{out}.{rank}")
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert_same(torch.load(f"{out}.{rank}"), gradients(world, losses))
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8, 100])
+def test_micro_batches_have_the_gradient_of_the_whole(world, micro):
+    assert_same(gradients(world, "itc,hn,imc,cmr", micro), gradients(world, "itc,hn,imc,cmr"))
+
+
+@pytest.mark.parametrize("chunks", [1, 4, 100])
+def test_text_chunks_have_the_features_and_gradient_of_the_full_length(world, monkeypatch, chunks):
+    model, (_, tokens, valid) = example_batch(world)
+    tokens = tokens.flatten(0, 1)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    tokens[3, 1:] = 0
+    tokens[3, 1:70] = 5
+    tokens[3, 70] = tokens[0].max()  # a caption nearly as long as the context
+    monkeypatch.setattr(ce_clip, "CHUNKS", chunks)
+    model = model.double()  # so that nothing but a wrong rule makes a difference
+    weights = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).double()
+    found = []
+    for encode in (lambda: ce_clip.encode_text(model, tokens), lambda: model(None, tokens)[1]):
+        model.zero_grad()
+        features = encode()
+        (features * weights).sum().backward()
+        found.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 10
+    for ours, full in zip(*found, strict=True):
+        torch.testing.assert_close(ours, full, rtol=1e-9, atol=1e-9)
 
 
 def test_losses_of_table_4_are_settings_of_eq_8():
@@ -293,6 +343,19 @@ def test_augmentation_depends_on_seed_epoch_and_item_alone():
     assert not any(torch.equal(other, first) for other in others)
 
 
+def test_a_bad_picture_gives_way_to_the_next_and_is_reported():
+    def load(path, box):
+        if path == "bad":
+            raise BadInput("cannot read")
+        return torch.rand(1)
+
+    records = [{"image": name, "caption": name, **dict.fromkeys(KINDS)} for name in ("a", "bad")]
+    pairs = ce_clip.Pairs(records, (), load, lambda texts: texts, seed=0, skip_bad=True)
+    assert [(pairs[0, i][1], pairs[0, i][3].item()) for i in (0, 1)] == [(["a"], -1), (["a"], 1)]
+    with pytest.raises(BadInput):
+        ce_clip.Pairs(records, (), load, lambda texts: texts, seed=0)[0, 1]
+
+
 # ---- Whole runs ----------------------------------------------------------------------------------
 
 
@@ -342,6 +405,120 @@ def test_run_on_one_and_two_processes(world, tmp_path):
     assert done.returncode == 1
     assert "holds a run" in done.stderr
     assert (tmp_path / "one" / "epoch_2.pt").read_bytes() == before
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Bit for bit: weights, optimiser, thresholds, and every line of the log but for its speed."""
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith(".pt"):
+            one, two = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+            one, two = ({k: v for k, v in x.items() if k != "run"} for x in (one, two))
+            assert flat(one) == flat(two)
+    logs = [[json.loads(x) for x in (f / "log.jsonl").read_text().splitlines()] for f in (a, b)]
+    for one, two in zip(*logs, strict=True):
+        assert one | {"pairs_per_s": 0} == two | {"pairs_per_s": 0}
+
+
+def flat(x):
+    if isinstance(x, dict):
+        return {k: flat(v) for k, v in x.items()}
+    return x.tolist() if isinstance(x, torch.Tensor) else x
+
+
+LONG = ["--epochs", 8, "--save-every", 1, "--resume"]  # 24 steps
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done, log = tiny_run(world, out, *LONG)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in log] == list(range(1, 25))
+    return out
+
+
+def test_stopped_at_random_moments_and_resumed_it_is_the_same_run(world, uninterrupted, tmp_path):
+    out, rng, reached = tmp_path / "run", random.Random(0), 0
+    log = out / "log.jsonl"
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = tiny_start(world, out, *LONG, "--workers", 1)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            lines = log.read_text().count("\n") if log.exists() else 0
+            if lines > reached + 2:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(number)
+        _, errors = process.communicate()
+        reached = log.read_text().count("\n")
+        assert 0 < reached < 24
+        if number != signal.SIGKILL:
+            assert process.returncode == 1
+            found = f"ce_clip.py: error: stopped after step {reached} of 24: --resume goes on"
+            assert errors.splitlines()[-1] == found
+    newest = max(out.glob("step_*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])  # damaged: the one before is taken
+    done, _ = tiny_run(world, out, *LONG)
+    assert done.returncode == 0, done.stderr
+    assert f"{newest} is damaged, passed over" in done.stderr
+    same_run(uninterrupted, out)
+
+
+def test_a_finished_run_is_resumed_by_doing_nothing(world, uninterrupted):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.glob("*.pt")}
+    done, log = tiny_run(world, uninterrupted, *LONG)
+    assert done.returncode == 0, done.stderr
+    assert len(log) == 24
+    assert {p: p.stat().st_mtime_ns for p in uninterrupted.glob("*.pt")} == before
+
+
+def test_a_run_of_other_settings_is_not_resumed(world, uninterrupted):
+    before = (uninterrupted / "log.jsonl").read_bytes()
+    done, _ = tiny_run(world, uninterrupted, *LONG, "--alpha", 0.3)
+    assert done.returncode == 1
+    assert "was begun with alpha 0.2, now 0.3: resume with the same settings" in done.stderr
+    assert (uninterrupted / "log.jsonl").read_bytes() == before
+
+
+def test_workers_micro_batches_and_processes_change_no_step(world, uninterrupted, tmp_path):
+    expected = [json.loads(x) for x in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    for more in (["--workers", 2], ["--micro-batch", 3]):
+        done, log = tiny_run(world, tmp_path / more[0], *LONG, *more)
+        assert done.returncode == 0, done.stderr
+        for line, other in zip(log, expected, strict=True):
+            rel = 0 if more[0] == "--workers" else 1e-3
+            line, other = line | {"pairs_per_s": 0}, other | {"pairs_per_s": 0}
+            assert line == pytest.approx(other, rel=rel, abs=rel)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path):
+    done, log = tiny_run(world, tmp_path / "x", "--lr", 1e30, "--warmup", 0, "--epochs", 8)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert "the loss is not finite: {" in line
+    for name in ("step", "epoch", "itc", "imc", "cmr", "threshold_object", "logit_scale"):
+        assert f'"{name}"' in line
+    assert all(math.isfinite(line["loss"]) for line in log)
+
+
+def test_bad_pictures_up_to_a_number(world, tmp_path):
+    for path in world.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "11.png").write_bytes(b"not a picture")
+    (tmp_path / "3.png").unlink()
+    options = [tmp_path, tmp_path / "x", "--max-bad-images"]
+    done, log = tiny_run(*options, 2)
+    assert done.returncode == 0, done.stderr
+    assert len(log) == 6
+    for name in ("11.png", "3.png"):
+        line = f"{tmp_path / name} cannot be read: another picture takes its place"
+        assert done.stderr.count(line) == 1
+    done, _ = tiny_run(*options, 1, "--overwrite")
+    assert done.returncode == 1
+    assert "2 pictures cannot be read, more than --max-bad-images" in done.stderr.splitlines()[-1]
 
 
 def test_fixed_threshold_and_several_losses(world, tmp_path):
