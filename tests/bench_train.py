@@ -1,0 +1,97 @@
+"""One training step of ours beside a plain one (77 tokens, all five captions), same model and data.
+
+    python tests/bench_train.py --negatives data/coco/negatives_train2014.jsonl
+
+The plain step is how the authors and most forks do it: every caption, a missing negative as a
+placeholder, padded to 77 tokens, in one forward. Both run in processes of their own, for the peak
+memory; on a GPU both in bf16. `--micro-batch` measures gradient caching as well.
+"""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import ce_clip
+from ce_clip import FULL, KINDS, Encoder, Objective
+
+
+class Plain(Encoder):
+    """The forward of the plain step."""
+
+    def forward(self, images, tokens, valid):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            image = self.model.encode_image(images, normalize=True).float()
+            flat = tokens.flatten(0, 1).to(images.device)
+            text = self.model.encode_text(flat, normalize=True).float()
+        return image, text.view(*tokens.shape[:2], -1), self.model.logit_scale.exp()
+
+
+def measure(args) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with open(args.negatives) as file:
+        records = [json.loads(line) for line in islice(file, 50 * args.batch_size)]
+    records = random.Random(0).sample(records, args.batch_size)
+    torch.manual_seed(0)
+    loaded = ce_clip.build_model(args.model)
+    texts = [[r["caption"], *(r[kind] or "###" for kind in KINDS)] for r in records]
+    tokens = torch.stack([loaded.tokenizer(five) for five in texts])
+    valid = torch.tensor([[r[kind] is not None for kind in KINDS] for r in records])
+    size = loaded.model.visual.image_size
+    images = torch.randn(len(records), 3, *(size if isinstance(size, tuple) else (size, size)))
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    encoder = (Plain if args.way == "plain" else Encoder)(
+        loaded.model.to(device).train(), precision
+    )
+    groups = ce_clip.parameter_groups(loaded.model, 0.1)
+    optimizer = torch.optim.AdamW(groups, lr=5e-6, fused=args.way != "plain")
+    batch, objective = [images.to(device), tokens, valid], Objective.parse(FULL, 0.2, 0.4)
+    threshold = torch.zeros(len(KINDS), device=device)
+    for step in range(args.steps + 1):
+        if step == 1:  # the first one warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+        optimizer.zero_grad()
+        micro = args.micro_batch if args.way == "micro" else 0
+        loss, *_ = ce_clip.backward(encoder, batch, threshold, objective, micro)
+        optimizer.step()
+    loss = loss.item()  # and waits for the device
+    speed = args.steps * args.batch_size / (time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps({"pairs_per_s": speed, "peak_GiB": peak, "loss": loss}))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--negatives", required=True, help=".jsonl of negatives.py")
+    p.add_argument("--model", default="ViT-B-32-quickgelu")
+    p.add_argument("--batch-size", type=int, default=64)
+    p.add_argument("--micro-batch", type=int, default=0)
+    p.add_argument("--steps", type=int, default=3)
+    p.add_argument("--way", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.way:
+        measure(args)
+        return
+    found = {}
+    for way in ["plain", "ours"] + ["micro"] * (args.micro_batch > 0):
+        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found[way] = json.loads(done.stdout.splitlines()[-1])
+        ratio = found[way]["pairs_per_s"] / found["plain"]["pairs_per_s"]
+        print(f"{way:6} {found[way]}  {ratio:.2f} x the pairs/s of plain", flush=True)
+
+
+if __name__ == "__main__":
+    main()
