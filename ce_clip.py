@@ -286,7 +286,7 @@ def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
     os.replace(part, path)
 
 
-CHUNKS = 4  # of one text batch, each cut to the longest of its own captions
+CHUNK = 128  # captions at least that are encoded together, cut to the longest of them
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     length = tokens.argmax(1) + 1  # (N,)
     order = length.argsort(stable=True)
     features = []
-    for rows in order.chunk(CHUNKS):
+    for rows in order.chunk(min(4, 1 + len(tokens) // CHUNK)):
         end = int(length[rows[-1]])
         cut = {
             "positional_embedding": model.positional_embedding[:end],
@@ -365,6 +365,21 @@ DATA = {
         "negatives_train2014.jsonl",
         "mlm",
         f"unzip {COCO}/annotations/annotations_trainval2014.zip and {COCO}/zips/train2014.zip",
+    ),
+    "cc3m": Source(
+        "images",
+        "images",
+        "negatives.jsonl",
+        "mlm",
+        "img2dataset --output_format files --output_folder images, of the urls of CC3M",
+    ),
+    "vg": Source(
+        "region_descriptions.json",
+        "images",
+        "negatives.jsonl",
+        "mlm",
+        "unzip region_descriptions.json.zip, images.zip and images2.zip (flat, into images) of "
+        "https://homes.cs.washington.edu/~ranjay/visualgenome",
     ),
 }
 
@@ -514,10 +529,23 @@ def similarities(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Te
     )
 
 
+def prepare_model(model: nn.Module, args: argparse.Namespace) -> None:
+    try:
+        if args.lock_image:
+            model.lock_image_tower(freeze_bn_stats=True)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
+    except (AttributeError, NotImplementedError, AssertionError) as e:
+        flags = "--lock-image or --grad-checkpointing"
+        raise BadInput(f"{args.model} cannot do {flags}: {e!r}") from e
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """No decay of biases, gains, batch and layer norms, logit_scale [open_clip, authors' code]."""
     plain, decayed = [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         exempt = p.ndim < 2 or any(s in name for s in ("bn", "ln", "bias", "logit_scale"))
         (plain if exempt else decayed).append(p)
     return [
@@ -624,7 +652,8 @@ class RunLog:
     """
 
     def __init__(self, out: Path, config: dict, total: int, loaded: Loaded, start: int):
-        self.waiting, self.clock, self.file = [], time.perf_counter(), None
+        self.waiting, self.named = [], set()
+        self.clock, self.file = time.perf_counter(), None
         bar = {"total": total, "initial": start, "desc": str(out), "unit": "step"}
         self.bar = tqdm(**bar, disable=rank() > 0)
         if rank() > 0:
@@ -647,14 +676,18 @@ class RunLog:
         values = torch.stack([t.detach().float().squeeze() for t in terms.values()])
         self.waiting.append(({"step": step, "epoch": epoch, "lr": lr}, list(terms), values))
 
-    def flush(self, pairs: int) -> None:
+    def flush(self, pairs: int, bad: set[str]) -> None:
         """Write a line for each waiting step of `pairs` pairs: every loss term and threshold,
-        exp(logit_scale), lr, pairs/s. A loss that is not finite raises BadInput."""
+        exp(logit_scale), lr, pairs/s, and how many pictures this process could not read, each of
+        which is named once. A loss that is not finite raises BadInput."""
+        for path in sorted(bad - self.named):
+            tqdm.write(f"{path} cannot be read: another picture takes its place", sys.stderr)
+        self.named |= bad
         if not self.waiting:
             return
         rows = torch.stack([values for *_, values in self.waiting]).tolist()  # one transfer
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        speed = {"pairs_per_s": pairs * len(rows) / seconds}
+        speed = {"pairs_per_s": pairs * len(rows) / seconds, "bad_images": len(bad)}
         for (line, names, _), row in zip(self.waiting, rows):
             line |= dict(zip(names, row)) | speed
             if not math.isfinite(line["loss"]):
@@ -670,6 +703,7 @@ class RunLog:
 
 
 OPERATION = ("out", "resume", "overwrite", "workers", "save_every", "max_bad_images", "processes")
+OPERATION += ("micro_batch",)
 
 
 def last_state(out: Path, config: dict) -> dict:
@@ -705,7 +739,8 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
     loaded = build_model(args.model, None if state else args.pretrained)
     # before the first step there is no earlier one: Th^0 = 0, as in the authors' code
     threshold = torch.full((len(objective.kinds),), args.threshold or 0.0, device=device)
-    encoder = Encoder(loaded.model.to(device).train(), args.precision)
+    prepare_model(loaded.model.to(device).train(), args)
+    encoder = Encoder(loaded.model, args.precision)
     groups = parameter_groups(loaded.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     if state:
@@ -713,14 +748,18 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
         optimizer.load_state_dict(state["optimizer"])
         threshold = state["threshold"].to(device)
     if world_size() > 1:
-        encoder = DistributedDataParallel(encoder)
+        # a CLIP uses all it trains; CoCa has a decoder, SigLIP a bias that no softmax loss moves
+        unused = type(loaded.model) is not open_clip.CLIP
+        encoder = DistributedDataParallel(encoder, find_unused_parameters=unused)
     log = RunLog(out, config, total, loaded, start)
 
     def save(name: str, **more) -> None:
-        log.flush(args.batch_size)
+        log.flush(args.batch_size, bad)
         if rank() == 0:
             more |= {"threshold": threshold.cpu(), "step": step, "run": config}
             save_checkpoint(out / name, loaded, **more)
+            for old in sorted(out.glob("step_*.pt"))[:-2]:
+                old.unlink()
 
     stop, bad = StopSignal(), set()
     often = 10 if device.type == "cuda" else 1  # looking at a value costs a device sync
@@ -745,22 +784,16 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
                 threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
             if step == epoch * steps:
                 save(f"epoch_{epoch}.pt")
-            for i in bad_items[bad_items >= 0].tolist():
-                if (path := records[i]["image"]) not in bad:
-                    bad.add(path)
-                    tqdm.write(
-                        f"{path} cannot be read: another picture takes its place", sys.stderr
-                    )
-            if step % often and step not in (total, epoch * steps):
+            bad |= {records[i]["image"] for i in bad_items[bad_items >= 0].tolist()}
+            due = step == epoch * steps or step % args.save_every == 0
+            if step % often and not due:
                 continue
-            log.flush(args.batch_size)
+            log.flush(args.batch_size, bad)
             asked, unread = agree(stop.asked, len(bad), device)
             if unread > args.max_bad_images:
                 raise BadInput(f"{unread} pictures cannot be read, more than --max-bad-images")
-            if asked or step % args.save_every == 0 or step == epoch * steps:
+            if asked or due:
                 save(f"step_{step:08d}.pt", optimizer=optimizer.state_dict())
-                for old in sorted(out.glob("step_*.pt"))[:-2] if rank() == 0 else ():
-                    old.unlink()
             if asked and step < total:
                 raise BadInput(f"stopped after step {step} of {total}: --resume goes on")
     if world_size() > 1:
@@ -825,10 +858,11 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, default=5e-6, help="[authors' code; paper: default]")
     add("--warmup", type=int, default=50, help="steps, then a cosine to 0 [authors' code]")
     add("--weight-decay", type=float, default=0.1, help="[authors' code]")
-    cuda = torch.cuda.is_available()
-    default = "bf16" if cuda else "fp32"
-    add("--precision", choices=("bf16", "fp32"), default=default, help="of the two encoders [ours]")
+    default = "bf16" if torch.cuda.is_available() else "fp32"
+    add("--precision", choices=("bf16", "fp32"), default=default, help="[authors' code: fp16]")
     add("--micro-batch", type=int, default=0, help="pairs a process encodes at a time, 0: all")
+    add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
+    add("--lock-image", action="store_true", help="train the text tower alone")
     add("--seed", type=int, default=42, help="[authors' code]")
     p.add_argument("--out", help="run folder [runs/DATA]; other losses get -LOSSES added")
     p.add_argument("--overwrite", action="store_true", help="replace runs that are there")

@@ -146,7 +146,7 @@ def encode(loaded: Loaded, items: list[Item], device, batch_size=64, workers=0) 
             image_rows += model.encode_image(batch.to(device), normalize=True).float().cpu()
             bar.update(len(batch))
         for start in range(0, len(texts), batch_size):
-            tokens = loaded.tokenizer(texts[start : start + batch_size]).to(device)
+            tokens = loaded.tokenizer(texts[start : start + batch_size])
             text_rows += encode_text(model, tokens).float().cpu()
             bar.update(len(tokens))
     return Features(dict(zip(pictures, image_rows)), dict(zip(texts, text_rows)))

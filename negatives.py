@@ -86,19 +86,26 @@ def run(main: Callable[[], None]) -> None:
 def read_captions(path: Path) -> Iterator[dict]:
     """Yield {"id", "image", "caption"}, and "box" (left, top, right, bottom) for a region.
 
-    What the file looks like says what it is; all but COCO's are streamed:
+    What `path` looks like says what it is; all but COCO's are streamed:
         {"images": ..., "annotations": ...}   COCO captions
         [{"regions": [{"phrase", ...}]}, ...] Visual Genome's region_descriptions.json
         [{"image", "caption"}, ...]           a Karpathy-style list; caption: one, or a list
         CSV or TSV with a header              caption or title; image, filepath or url
+        a folder                              FILE.txt holds the caption of FILE.jpg (img2dataset)
     White space is folded to single blanks, as CLIP's tokenizer does. Captions of one picture are
     evidence for each other where they stand side by side (COCO's are sorted so). Raises BadInput.
     """
     count = 0
-    with reading(path, "a captions file"), path.open(encoding="utf-8-sig", newline="") as file:
-        start = file.read(4096).lstrip()[:1]
-        file.seek(0)
-        for record in {"{": _coco, "[": _list}.get(start, _table)(file, path):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reading(path, "a captions file"))
+        if path.is_dir():
+            records = _folder(path)
+        else:
+            file = stack.enter_context(path.open(encoding="utf-8-sig", newline=""))
+            start = file.read(4096).lstrip()[:1]
+            file.seek(0)
+            records = {"{": _coco, "[": _list}.get(start, _table)(file, path)
+        for record in records:
             if not isinstance(record["caption"], str):
                 raise BadInput(f"{path}: caption {record['id']} is not text: {record['caption']!r}")
             text = " ".join(record["caption"].split())
@@ -172,6 +179,12 @@ def _table(file: TextIO, path: Path) -> Iterator[dict]:
             )
         caption, image = (row[column] for column in columns)
         yield {"id": number, "image": image, "caption": caption}
+
+
+def _folder(folder: Path) -> Iterator[dict]:
+    for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        text = path.with_suffix(".txt").read_text(encoding="utf-8")
+        yield {"id": number, "image": str(path.relative_to(folder)), "caption": text}
 
 
 # ---- Words: spaCy's tags and lemmas --------------------------------------------------------------
@@ -642,10 +655,12 @@ def generate(
     if target.exists() and not overwrite:
         raise BadInput(f"{target} exists: give another --out, or --overwrite to replace it")
     tagger = Tagger()
-    sizes = [len(chunk) for chunk in chunks(read_captions(captions))]
+    sizes, digest = [], hashlib.sha256()
+    for chunk in chunks(read_captions(captions)):  # all is read, and known to be readable, once
+        sizes.append(len(chunk))
+        digest.update("".join(map(json.dumps, chunk)).encode())
     first, last = (len(sizes) * i // total for i in (number - 1, number))
-    with captions.open("rb") as file:
-        settings = {"captions sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    settings = {"captions sha256": digest.hexdigest()}
     settings |= {"filler": filler, "mlm": mlm if filler == "mlm" else None, "top_k": top_k}
     settings |= {"seed": seed, "tagger": tagger.name}
     with writing(part):

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,3 +37,28 @@ def coco_captions(path: Path, captions: dict[str, list[str]]) -> Path:
     ]
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory):
+    """A RobertaForMaskedLM of a few thousand parameters with its own tokenizer, saved to disk."""
+    folder = tmp_path_factory.mktemp("roberta")
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġa", "Ġred", "Ġblue", "Ġcat", "Ġdog"]
+    vocabulary += ["Ġsees", "ing", "Ġ3", "Ġ", "s"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="Ġ")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", mask_token="<mask>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=34,
+        pad_token_id=1,
+    )
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    return folder

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, coco_captions
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import PreTrainedTokenizerFast, RobertaForMaskedLM
 
 import negatives
 from negatives import KINDS, BadInput, Masked, NgramFiller, Word
@@ -226,31 +225,6 @@ def test_ngram_ranks_by_both_neighbours_first():
     ranked = ["red", "big", "old", "tiny"]
     assert filler([Masked(words("a/DT red/ADJ cat/NN"), 1)]) == [ranked]
     assert filler([Masked(words("a/DT red/NN cat/NN"), 1)]) == [[]]  # another tag: nothing known
-
-
-@pytest.fixture(scope="session")
-def tiny_roberta(tmp_path_factory):
-    """A RobertaForMaskedLM of a few thousand parameters with its own tokenizer, saved to disk."""
-    folder = tmp_path_factory.mktemp("roberta")
-    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġa", "Ġred", "Ġblue", "Ġcat", "Ġdog"]
-    vocabulary += ["Ġsees", "ing", "Ġ3", "Ġ", "s"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="Ġ")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", mask_token="<mask>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=34,
-        pad_token_id=1,
-    )
-    RobertaForMaskedLM(config).save_pretrained(folder)
-    return folder
 
 
 def test_masked_lm_proposes_whole_words_and_does_not_depend_on_the_batch(tiny_roberta):
@@ -505,6 +479,20 @@ def test_karpathy_lists(tmp_path):
         (1, "a.jpg", "two"),
         (2, "b.jpg", "three"),
     ]
+
+
+def test_a_folder_as_img2dataset_leaves_it(tmp_path):
+    for shard, name, text in (("00001", "7", "a dog"), ("00000", "3", "a  cat\n")):
+        (tmp_path / shard).mkdir()
+        (tmp_path / shard / f"{name}.jpg").write_bytes(b"")
+        (tmp_path / shard / f"{name}.txt").write_text(text)
+    assert list(negatives.read_captions(tmp_path)) == [
+        {"id": 0, "image": "00000/3.jpg", "caption": "a cat"},
+        {"id": 1, "image": "00001/7.jpg", "caption": "a dog"},
+    ]
+    (tmp_path / "00001" / "7.txt").unlink()
+    with pytest.raises(BadInput, match=r"cannot read .*: No such file"):
+        list(negatives.read_captions(tmp_path))
 
 
 def test_a_long_array_is_streamed(tmp_path):

@@ -250,14 +250,14 @@ def test_micro_batches_have_the_gradient_of_the_whole(world, micro):
     assert_same(gradients(world, "itc,hn,imc,cmr", micro), gradients(world, "itc,hn,imc,cmr"))
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 100])
-def test_text_chunks_have_the_features_and_gradient_of_the_full_length(world, monkeypatch, chunks):
+@pytest.mark.parametrize("chunk", [1, 30, 100])
+def test_text_chunks_have_the_features_and_gradient_of_the_full_length(world, monkeypatch, chunk):
     model, (_, tokens, valid) = example_batch(world)
     tokens = tokens.flatten(0, 1)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
     tokens[3, 1:] = 0
     tokens[3, 1:70] = 5
     tokens[3, 70] = tokens[0].max()  # a caption nearly as long as the context
-    monkeypatch.setattr(ce_clip, "CHUNKS", chunks)
+    monkeypatch.setattr(ce_clip, "CHUNK", chunk)
     model = model.double()  # so that nothing but a wrong rule makes a difference
     weights = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).double()
     found = []
@@ -369,6 +369,7 @@ def test_run_on_one_and_two_processes(world, tmp_path):
     assert [line["epoch"] for line in log] == [1, 1, 1, 2, 2, 2]
     assert set(log[0]) == {
         *("step", "epoch", "loss", "itc", "imc", "cmr", "logit_scale", "lr", "pairs_per_s"),
+        "bad_images",
         *(f"threshold_{kind}" for kind in KINDS),
     }
     for line, line_2 in zip(log, log_2):  # the same losses, thresholds and schedule
@@ -512,13 +513,80 @@ def test_bad_pictures_up_to_a_number(world, tmp_path):
     options = [tmp_path, tmp_path / "x", "--max-bad-images"]
     done, log = tiny_run(*options, 2)
     assert done.returncode == 0, done.stderr
-    assert len(log) == 6
+    assert [line["bad_images"] for line in log][-1] == 2
     for name in ("11.png", "3.png"):
         line = f"{tmp_path / name} cannot be read: another picture takes its place"
         assert done.stderr.count(line) == 1
     done, _ = tiny_run(*options, 1, "--overwrite")
     assert done.returncode == 1
     assert "2 pictures cannot be read, more than --max-bad-images" in done.stderr.splitlines()[-1]
+
+
+VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+FAMILIES = {
+    "sigmoid": {  # SigLIP; open_clip would download a tokenizer for that name
+        "embed_dim": 16,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": VIT,
+        "text_cfg": TEXT | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    },
+    "coca": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": VIT
+        | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": TEXT | {"attn_pooler_heads": 2, "mlp_ratio": 4},
+    },
+    "roberta": {
+        "embed_dim": 16,
+        "vision_cfg": VIT,
+        "text_cfg": {"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_dual_encoders_of_open_clip(world, tmp_path, tiny_roberta, family):
+    config = json.loads(json.dumps(FAMILIES[family]))
+    if family == "roberta":
+        names = ("hf_model_name", "hf_tokenizer_name")
+        config["text_cfg"] |= dict.fromkeys(names, str(tiny_roberta)) | {"context_length": 24}
+        config["text_cfg"]["hf_model_pretrained"] = False
+    (path := tmp_path / f"tiny-{family}.json").write_text(json.dumps(config))
+    options = ["--model", path, "--epochs", 1]
+    done, log = tiny_run(world, tmp_path / "x", *options)
+    assert done.returncode == 0, done.stderr
+    assert len(log) == 3
+    saved = ce_clip.load_model(str(tmp_path / "x" / "epoch_1.pt"))
+    tokens = saved.tokenizer(["a red dog", "a ball"])
+    features = ce_clip.encode_text(saved.model.eval(), tokens)
+    torch.testing.assert_close(features, saved.model.encode_text(tokens, normalize=True))
+    if family == "coca":  # with parameters that no loss of ours moves
+        done, two = tiny_run(world, tmp_path / "two", *options, processes=2)
+        assert done.returncode == 0, done.stderr
+        for line, other in zip(log, two, strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_lock_image_and_grad_checkpointing(world, tmp_path):
+    logs = {}
+    for name in ("plain", "grad-checkpointing", "lock-image"):
+        more = [f"--{name}"] if name != "plain" else []
+        done, logs[name] = tiny_run(world, tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    losses = {name: [line["loss"] for line in log] for name, log in logs.items()}
+    assert losses["grad-checkpointing"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["lock-image"] != pytest.approx(losses["plain"], rel=1e-4)
+    states = [
+        torch.load(tmp_path / "lock-image" / f"epoch_{n}.pt", weights_only=True)["state_dict"]
+        for n in (1, 2)
+    ]
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert changed
+    assert not any(name.startswith("visual.") for name in changed)
 
 
 def test_fixed_threshold_and_several_losses(world, tmp_path):
