@@ -437,9 +437,14 @@ def collect_records(args: argparse.Namespace) -> list[dict]:
     return records
 
 
-def load_image(path: str, transform: Callable, box=None) -> Tensor:
-    """One picture through `transform`, cropped to box (left, top, right, bottom) if given."""
+def load_image(path: str, transform: Callable, box=None, draft: int = 0) -> Tensor:
+    """One picture through `transform`, cropped to box (left, top, right, bottom) if given.
+
+    draft  a JPEG at least twice that many pixels wide and high is decoded at half the size, or less
+    """
     with reading(f"the picture {path}", "a picture"), Image.open(path) as image:
+        if draft and not box:
+            image.draft("RGB", (draft, draft))
         image = image.convert("RGB")
         return transform(image.crop(box) if box else image)
 
@@ -459,7 +464,7 @@ class Pairs(Dataset):
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed CUDA, at 0.2 ms an item
             torch.default_generator.manual_seed(hash((self.seed, *key)) % 2**63)
-            for i in (*range(key[1], len(self.records)), *range(key[1])):
+            for i in itertools.chain(range(key[1], len(self.records)), range(key[1])):
                 record = self.records[i]
                 try:
                     image = self.load(record["image"], box=record.get("box"))
@@ -627,7 +632,8 @@ def backward(encoder: nn.Module, batch, threshold: Tensor, objective: Objective,
 
 def make_loader(args, records: list[dict], kinds, loaded: Loaded, start: int) -> DataLoader:
     """The batches of the whole run after step `start`."""
-    load = functools.partial(load_image, transform=loaded.train_transform)
+    size = torch.tensor(loaded.model.visual.image_size).max().item()
+    load = functools.partial(load_image, transform=loaded.train_transform, draft=size)
     if args.data == ["toy"]:  # small pictures, jittered when they were drawn: each is decoded once
         load = functools.cache(functools.partial(load_image, transform=loaded.eval_transform))
     keys = batch_keys(len(records), args.batch_size, args.epochs, args.seed)
@@ -696,7 +702,6 @@ class RunLog:
                 self.file.write(json.dumps(line) + "\n")
         if self.file:
             self.file.flush()
-            os.fsync(self.file.fileno())
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         self.bar.update(len(rows))
         self.waiting = []
@@ -756,6 +761,7 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
     def save(name: str, **more) -> None:
         log.flush(args.batch_size, bad)
         if rank() == 0:
+            os.fsync(log.file.fileno())  # what a state says is done has its lines in the log
             more |= {"threshold": threshold.cpu(), "step": step, "run": config}
             save_checkpoint(out / name, loaded, **more)
             for old in sorted(out.glob("step_*.pt"))[:-2]:

@@ -331,6 +331,13 @@ def test_a_region_is_cropped_to_its_box(tmp_path):
     assert dot == (255, 0, 0)
 
 
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path):
+    Image.new("RGB", (640, 480)).save(path := tmp_path / "a.jpg")
+    size = lambda draft, **box: ce_clip.load_image(path, lambda p: p.size, draft=draft, **box)  # noqa: E731
+    assert (size(224), size(0), size(400)) == ((320, 240), (640, 480), (640, 480))
+    assert size(224, box=(0, 0, 600, 400)) == (600, 400)
+
+
 def test_augmentation_depends_on_seed_epoch_and_item_alone():
     noise = lambda path, box: torch.rand(3)  # noqa: E731
     record = {"image": "", "caption": "a", **dict.fromkeys(KINDS)}
