@@ -419,6 +419,8 @@ def collect_records(args: argparse.Namespace) -> list[dict]:
     if rank() > 0:
         dist.barrier()
     files = [name for name in args.data if name not in DATA]
+    if unknown := [name for name in files if not Path(name).is_file()]:
+        raise BadInput(f"--data {unknown[0]}: neither a file nor one of {', '.join(DATA)}")
     folders = args.images * len(files) if len(args.images) == 1 else args.images
     if len(folders) != len(files):
         raise BadInput(
@@ -472,6 +474,8 @@ class Pairs(Dataset):
                 except BadInput:
                     if not self.skip_bad:
                         raise
+            else:
+                raise BadInput("none of the pictures can be read")
         texts = [record["caption"], *(record[kind] or "" for kind in self.kinds)]
         valid = torch.tensor([bool(text) for text in texts[1:]], dtype=torch.bool)
         bad = torch.tensor(-1 if i == key[1] else key[1])
@@ -535,6 +539,10 @@ def similarities(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Te
 
 
 def prepare_model(model: nn.Module, args: argparse.Namespace) -> None:
+    """The flags, and no dropout in a text tower of transformers: two passes must be the same."""
+    text = getattr(model, "text", None)
+    if type(text).__name__ == "HFTextEncoder":
+        text.transformer.eval()
     try:
         if args.lock_image:
             model.lock_image_tower(freeze_bn_stats=True)
@@ -639,7 +647,7 @@ def make_loader(args, records: list[dict], kinds, loaded: Loaded, start: int) ->
     keys = batch_keys(len(records), args.batch_size, args.epochs, args.seed)
     return DataLoader(
         Pairs(records, kinds, load, loaded.tokenizer, args.seed, args.max_bad_images > 0),
-        batch_sampler=list(itertools.islice(keys, start, None)),
+        batch_sampler=itertools.islice(keys, start, None),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=own_session,
@@ -671,11 +679,13 @@ class RunLog:
         else:
             for old in (*out.glob("epoch_*.pt"), *out.glob("step_*.pt")):
                 old.unlink()
-            (out / "config.json").write_text(json.dumps(config, indent=1))
-            (out / f"{loaded.name}.json").write_text(json.dumps(loaded.config, indent=1))
-        with (part := out / "log.part").open("w") as file:
-            file.writelines(lines)
-        os.replace(part, log)
+        for old in out.glob("*.part"):
+            old.unlink()
+        files = {"config.json": json.dumps(config, indent=1), "log.jsonl": "".join(lines)}
+        files[f"{loaded.name}.json"] = json.dumps(loaded.config, indent=1)
+        for name, text in files.items():
+            (part := out / f"{name}.part").write_text(text)
+            os.replace(part, out / name)
         self.file = log.open("a")
 
     def add(self, step: int, epoch: int, lr: float, terms: dict[str, Tensor]) -> None:
@@ -707,8 +717,8 @@ class RunLog:
         self.waiting = []
 
 
-OPERATION = ("out", "resume", "overwrite", "workers", "save_every", "max_bad_images", "processes")
-OPERATION += ("micro_batch",)
+OPERATION = {"out", "resume", "overwrite", "workers", "save_every", "max_bad_images", "processes"}
+OPERATION |= {"micro_batch", "grad_checkpointing"}
 
 
 def last_state(out: Path, config: dict) -> dict:
@@ -727,6 +737,8 @@ def last_state(out: Path, config: dict) -> dict:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
             tqdm.write(f"{path} is damaged, passed over: {str(e).splitlines()[0]}", sys.stderr)
+    if any(out.glob("epoch_*.pt")):
+        raise BadInput(f"{out} holds checkpoints but no state to resume: --overwrite begins again")
     return {}
 
 
@@ -748,6 +760,7 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
     encoder = Encoder(loaded.model, args.precision)
     groups = parameter_groups(loaded.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    bad = set(state.get("bad", ()))
     if state:
         loaded.model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
@@ -767,7 +780,7 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
             for old in sorted(out.glob("step_*.pt"))[:-2]:
                 old.unlink()
 
-    stop, bad = StopSignal(), set()
+    stop = StopSignal()
     often = 10 if device.type == "cuda" else 1  # looking at a value costs a device sync
     batches = make_loader(args, records, objective.kinds, loaded, start)
     with log.bar, stop:
@@ -785,22 +798,23 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
 
             terms |= {f"threshold_{kind}": t for kind, t in zip(KINDS, threshold)}
             epoch = math.ceil(step / steps)
+            bad |= {records[i]["image"] for i in bad_items[bad_items >= 0].tolist()}
             log.add(step, epoch, lr, terms)
             if args.threshold is None:
                 threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
             if step == epoch * steps:
                 save(f"epoch_{epoch}.pt")
-            bad |= {records[i]["image"] for i in bad_items[bad_items >= 0].tolist()}
             due = step == epoch * steps or step % args.save_every == 0
             if step % often and not due:
                 continue
             log.flush(args.batch_size, bad)
-            asked, unread = agree(stop.asked, len(bad), device)
-            if unread > args.max_bad_images:
-                raise BadInput(f"{unread} pictures cannot be read, more than --max-bad-images")
+            asked, bad = agree(stop.asked, bad)
+            if len(bad) > args.max_bad_images:
+                raise BadInput(f"{len(bad)} pictures cannot be read, more than --max-bad-images")
             if asked or due:
-                save(f"step_{step:08d}.pt", optimizer=optimizer.state_dict())
-            if asked and step < total:
+                optimizer_state = optimizer.state_dict()
+                save(f"step_{step:08d}.pt", optimizer=optimizer_state, bad=sorted(bad))
+            if asked:
                 raise BadInput(f"stopped after step {step} of {total}: --resume goes on")
     if world_size() > 1:
         dist.barrier()  # the checkpoint is there for every process that loads it next
@@ -824,12 +838,12 @@ class StopSignal(contextlib.AbstractContextManager):
         self.asked = True
 
 
-def agree(stop: bool, bad: int, device) -> tuple[bool, int]:
+def agree(stop: bool, bad: set[str]) -> tuple[bool, set[str]]:
     """(whether any process is to stop, the bad pictures of all)."""
-    seen = torch.tensor([int(stop), bad], device=device)
+    seen = [(stop, bad)] * world_size()
     if world_size() > 1:
-        dist.all_reduce(seen)
-    return bool(seen[0]), int(seen[1])
+        dist.all_gather_object(seen, (stop, bad))
+    return any(s for s, _ in seen), set().union(*(b for _, b in seen))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -878,6 +892,8 @@ def parse_args() -> argparse.Namespace:
     if p.parse_known_args()[0].data == ["toy"]:
         p.set_defaults(**TOY)
     args = p.parse_args()
+    if min(args.batch_size, args.epochs, args.save_every) < 1:
+        p.error("--batch-size, --epochs and --save-every must be at least 1")
     if args.batch_size % world_size():
         p.error(f"--batch-size {args.batch_size} does not split over {world_size()} processes")
     args.out = args.out or str(Path("runs", "+".join(Path(name).stem for name in args.data)))

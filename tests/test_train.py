@@ -483,6 +483,18 @@ def test_a_finished_run_is_resumed_by_doing_nothing(world, uninterrupted):
     assert {p: p.stat().st_mtime_ns for p in uninterrupted.glob("*.pt")} == before
 
 
+def test_checkpoints_without_a_state_are_not_lost(world, tmp_path):
+    options = tmp_path / "x", "--epochs", 1
+    tiny_run(world, *options)
+    for state in (tmp_path / "x").glob("step_*.pt"):
+        state.unlink()
+    done, log = tiny_run(world, *options, "--resume")
+    assert done.returncode == 1
+    assert "holds checkpoints but no state to resume" in done.stderr
+    assert (tmp_path / "x" / "epoch_1.pt").exists()
+    assert len(log) == 3
+
+
 def test_a_run_of_other_settings_is_not_resumed(world, uninterrupted):
     before = (uninterrupted / "log.jsonl").read_bytes()
     done, _ = tiny_run(world, uninterrupted, *LONG, "--alpha", 0.3)
@@ -571,6 +583,10 @@ def test_other_dual_encoders_of_open_clip(world, tmp_path, tiny_roberta, family)
     tokens = saved.tokenizer(["a red dog", "a ball"])
     features = ce_clip.encode_text(saved.model.eval(), tokens)
     torch.testing.assert_close(features, saved.model.encode_text(tokens, normalize=True))
+    if family == "roberta":  # whose dropout is off
+        done, two = tiny_run(world, tmp_path / "micro", *options, "--micro-batch", 3)
+        for line, other in zip(log, two, strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
     if family == "coca":  # with parameters that no loss of ours moves
         done, two = tiny_run(world, tmp_path / "two", *options, processes=2)
         assert done.returncode == 0, done.stderr
@@ -618,7 +634,8 @@ def test_fixed_threshold_and_several_losses(world, tmp_path):
         ),
         (["--data", "{}/negatives.jsonl"], "--images"),
         (["--data", "{}/negatives.jsonl", "--images", "nowhere"], "24 of 24 pictures are missing"),
-        (["--data", "{}/none.jsonl", "--images", "{}"], "cannot read"),
+        (["--data", "coc0"], "--data coc0: neither a file nor one of toy, coco, cc3m, vg"),
+        (["--data", "{}/none.jsonl", "--images", "{}"], "neither a file nor one of"),
         (
             ["--data", "{}/tiny.json", "--images", "{}"],
             "line 1, is not a record of negatives.py: KeyError 'relation'",
