@@ -656,6 +656,30 @@ def test_mistakes_are_one_line(world, tmp_path, monkeypatch, options, message):
     assert "\n" not in str(e.value)
 
 
+def test_named_data_are_a_union(world, tmp_path, monkeypatch):
+    """CC3M as img2dataset leaves it and Visual Genome's regions; negatives are made first."""
+    for name in ("cc3m", "vg"):
+        source = ce_clip.DATA[name]._replace(filler="ngram")
+        monkeypatch.setitem(ce_clip.DATA, name, source)
+    args = SimpleNamespace(data=["cc3m", "vg"], images=[], data_root=tmp_path, max_bad_images=0)
+    with pytest.raises(BadInput, match="--data cc3m needs .*cc3m/images: img2dataset"):
+        ce_clip.collect_records(args)
+    (tmp_path / "cc3m" / "images" / "00000").mkdir(parents=True)
+    (tmp_path / "vg" / "images").mkdir(parents=True)
+    picture = Image.new("RGB", (40, 40))
+    picture.save(tmp_path / "cc3m" / "images" / "00000" / "1.jpg")
+    picture.save(tmp_path / "vg" / "images" / "5.jpg")
+    (tmp_path / "cc3m" / "images" / "00000" / "1.txt").write_text("a red dog is on a ball")
+    region = {"region_id": 9, "image_id": 5, "phrase": "a cat on a mat"}
+    region |= {"x": 1, "y": 2, "width": 3, "height": 4}
+    regions = [{"id": 5, "regions": [region]}]
+    (tmp_path / "vg" / "region_descriptions.json").write_text(json.dumps(regions))
+    dog, cat = ce_clip.collect_records(args)
+    assert (dog["relation"], dog["box"]) == ("a red ball is on a dog", None)
+    assert (cat["relation"], cat["box"]) == ("a mat on a cat", (1, 2, 4, 6))
+    assert (tmp_path / "vg" / "negatives.jsonl").exists()
+
+
 def test_a_batch_that_does_not_split_is_refused(world):
     options = ["--data", world / "negatives.jsonl", "--images", world, "--batch-size", 7]
     done = run(*options, processes=2)
