@@ -156,7 +156,10 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     The subject stands left of the object; on top of it for riding and above, below it for below.
     """
     s = PIXELS * OVERSAMPLING / 64  # everything below is in 64ths of the picture
-    jitter = lambda color, by: tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)  # noqa: E731
+
+    def jitter(color, by):
+        return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)
+
     background = jitter((165, 162, 168), 18)
     image = Image.new("RGB", (PIXELS * OVERSAMPLING,) * 2, background)
     draw = ImageDraw.Draw(image)

@@ -333,7 +333,10 @@ def test_a_region_is_cropped_to_its_box(tmp_path):
 
 def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path):
     Image.new("RGB", (640, 480)).save(path := tmp_path / "a.jpg")
-    size = lambda draft, **box: ce_clip.load_image(path, lambda p: p.size, draft=draft, **box)  # noqa: E731
+
+    def size(draft, **box):
+        return ce_clip.load_image(path, lambda picture: picture.size, draft=draft, **box)
+
     assert (size(224), size(0), size(400)) == ((320, 240), (640, 480), (640, 480))
     assert size(224, box=(0, 0, 600, 400)) == (600, 400)
 
