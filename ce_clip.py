@@ -21,7 +21,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 import negatives
@@ -325,6 +326,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
 def gather(x: Tensor) -> Tensor:
     """The rows of x of all processes in rank order, with gradient; x itself on one process.
 
@@ -347,7 +353,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 class Source(NamedTuple):
-    """A captions file, its pictures and its negatives, below --data-root."""
+    """A captions file, its pictures and its negatives, below --data-root/NAME."""
 
     captions: str
     images: str
@@ -357,67 +363,78 @@ class Source(NamedTuple):
 
 
 COCO = "http://images.cocodataset.org"
+GET = {
+    "coco": f"unzip {COCO}/annotations/annotations_trainval2014.zip and {COCO}/zips/train2014.zip",
+    "cc3m": "img2dataset --output_format files --output_folder images, of the urls of CC3M",
+    "vg": "unzip region_descriptions.json.zip, images.zip and images2.zip (flat, into images) of "
+    "https://homes.cs.washington.edu/~ranjay/visualgenome",
+}
+TRAIN2014 = "annotations/captions_train2014.json", "train2014", "negatives_train2014.jsonl"
 DATA = {
     "toy": Source("captions_train.json", "images", "negatives_train.jsonl", "ngram", ""),
-    "coco": Source(
-        "annotations/captions_train2014.json",
-        "train2014",
-        "negatives_train2014.jsonl",
-        "mlm",
-        f"unzip {COCO}/annotations/annotations_trainval2014.zip and {COCO}/zips/train2014.zip",
-    ),
-    "cc3m": Source(
-        "images",
-        "images",
-        "negatives.jsonl",
-        "mlm",
-        "img2dataset --output_format files --output_folder images, of the urls of CC3M",
-    ),
-    "vg": Source(
-        "region_descriptions.json",
-        "images",
-        "negatives.jsonl",
-        "mlm",
-        "unzip region_descriptions.json.zip, images.zip and images2.zip (flat, into images) of "
-        "https://homes.cs.washington.edu/~ranjay/visualgenome",
-    ),
+    "coco": Source(*TRAIN2014, "mlm", GET["coco"]),
+    "cc3m": Source("images", "images", "negatives.jsonl", "mlm", GET["cc3m"]),
+    "vg": Source("region_descriptions.json", "images", "negatives.jsonl", "mlm", GET["vg"]),
 }
+
+
+class Negatives(Sequence):
+    """The records of a file of negatives.py, "image" made a path below `images`, "box" (left, top,
+    right, bottom) in pixels, or None. Parsed when asked for: 9 million take 72 MB.
+
+    missing  the pictures that are not there
+    Raises BadInput, which names the line.
+    """
+
+    def __init__(self, path: Path, images: Path):
+        self.path, self.images, self.starts = path, images, array("q", [0])
+        pictures = set()
+        with reading(path, "a file of negatives.py"), path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                with reading(f"{path}, line {number},", "a record of negatives.py"):
+                    pictures.add(self._record(line)["image"])
+                self.starts.append(self.starts[-1] + len(line))
+        self.missing = {picture for picture in pictures if not os.path.exists(picture)}
+
+    def _record(self, line: bytes) -> dict:
+        record = json.loads(line)
+        texts = [record[kind] for kind in KINDS if record[kind] is not None]
+        if not all(isinstance(text, str) for text in (record["caption"], *texts)):
+            raise TypeError("a caption that is not text")
+        box = record.get("box") and tuple(map(int, record["box"]))
+        return record | {"image": str(self.images / record["image"]), "box": box}
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        start, end = self.starts[i : i + 2]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return self._record(file.read(end - start))
 
 
 def prepare(name: str, root: Path) -> tuple[Path, Path]:
     """(negatives file, picture folder) of a named source; what can be made is made first."""
     source = DATA[name]
     captions, images, out = (root / name / p for p in source[:3])
-    if name == "toy" and not captions.exists():
+    if name == "toy" and rank() == 0 and not captions.exists():
         toy.make_world(captions.parent)
+    barrier()
     for path in (captions, images):
         if not path.exists():
             raise BadInput(f"--data {name} needs {path}: {source.get} in {root / name}")
-    if not out.exists():
-        negatives.generate(captions, out, source.filler)
+    if not out.exists():  # the same for all processes: none writes it before all have come
+        share = rank() + 1, world_size()
+        negatives.generate(captions, out, source.filler, shard=share, together=world_size() > 1)
+    barrier()
     return out, images
 
 
-def read_negatives(path: Path, images: Path) -> list[dict]:
-    """The records of a negatives file, "image" made a path below `images`, "box" (left, top, right,
-    bottom), in pixels, or None. Raises BadInput."""
-    records = []
-    with reading(path, "a file of negatives.py"), path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            with reading(f"{path}, line {number},", "a record of negatives.py"):
-                record = json.loads(line)
-                texts = [record[kind] for kind in KINDS if record[kind] is not None]
-                if not all(isinstance(text, str) for text in (record["caption"], *texts)):
-                    raise TypeError("a caption that is not text")
-                box = record.get("box") and tuple(map(int, record["box"]))
-                records.append(record | {"image": str(images / record["image"]), "box": box})
-    return records
-
-
-def collect_records(args: argparse.Namespace) -> list[dict]:
-    """The records of all --data. On several processes the first makes what does not exist yet."""
-    if rank() > 0:
-        dist.barrier()
+def collect_records(args: argparse.Namespace) -> ConcatDataset:
+    """The records of all --data; what does not exist yet is made by all processes together."""
     files = [name for name in args.data if name not in DATA]
     if unknown := [name for name in files if not Path(name).is_file()]:
         raise BadInput(f"--data {unknown[0]}: neither a file nor one of {', '.join(DATA)}")
@@ -427,16 +444,12 @@ def collect_records(args: argparse.Namespace) -> list[dict]:
             f"--images: one folder, or one for each of the {len(files)} .jsonl of --data"
         )
     given = {file: (Path(file), Path(folder)) for file, folder in zip(files, folders)}
-    records = []
-    for name in args.data:
-        records += read_negatives(*(given.get(name) or prepare(name, Path(args.data_root))))
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
-    pictures = {record["image"] for record in records}
-    missing = sorted(p for p in pictures if not os.path.exists(p))
+    places = [given.get(name) or prepare(name, Path(args.data_root)) for name in args.data]
+    parts = [Negatives(*place) for place in places]
+    missing = sorted(set().union(*(part.missing for part in parts)))
     if len(missing) > args.max_bad_images:
-        raise BadInput(f"{len(missing)} of {len(pictures)} pictures are missing: {missing[0]} ...")
-    return records
+        raise BadInput(f"{len(missing)} pictures are missing: {missing[0]} ...")
+    return ConcatDataset(parts)
 
 
 def load_image(path: str, transform: Callable, box=None, draft: int = 0) -> Tensor:
@@ -458,7 +471,7 @@ class Pairs(Dataset):
     `skip_bad`, a picture that cannot be read gives way to the next that can; bad = i then, else -1.
     """
 
-    def __init__(self, records: list[dict], kinds, load: Callable, tokenizer, seed, skip_bad=False):
+    def __init__(self, records: Sequence, kinds, load: Callable, tokenizer, seed, skip_bad=False):
         self.records, self.kinds, self.load = records, kinds, load
         self.tokenizer, self.seed, self.skip_bad = tokenizer, seed, skip_bad
 
@@ -638,7 +651,7 @@ def backward(encoder: nn.Module, batch, threshold: Tensor, objective: Objective,
     return loss, *rest
 
 
-def make_loader(args, records: list[dict], kinds, loaded: Loaded, start: int) -> DataLoader:
+def make_loader(args, records: Sequence, kinds, loaded: Loaded, start: int) -> DataLoader:
     """The batches of the whole run after step `start`."""
     size = torch.tensor(loaded.model.visual.image_size).max().item()
     load = functools.partial(load_image, transform=loaded.train_transform, draft=size)
@@ -650,52 +663,50 @@ def make_loader(args, records: list[dict], kinds, loaded: Loaded, start: int) ->
         batch_sampler=itertools.islice(keys, start, None),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=own_session,
+        worker_init_fn=outlive_signals,
     )
 
 
-def own_session(_worker: int) -> None:
-    os.setsid()  # a signal to the trainer's process group is the trainer's alone
+def outlive_signals(_worker: int) -> None:
+    """Ctrl-C is the trainer's alone; a SIGTERM to every process leaves it 30 s to end its step."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
-class RunLog:
+class RunFolder:
     """A run's folder as the first process writes it: config.json, log.jsonl, MODEL.json for
-    open_clip.add_model_config, and the progress bar. The other processes write nothing.
+    open_clip.add_model_config, checkpoints; and the progress bar. The others write nothing.
 
     Steps are kept on the device until `flush`; after `start` of them a resumed run goes on.
     """
 
     def __init__(self, out: Path, config: dict, total: int, loaded: Loaded, start: int):
-        self.waiting, self.named = [], set()
-        self.clock, self.file = time.perf_counter(), None
+        self.out, self.config, self.loaded = out, config, loaded
+        self.waiting, self.named, self.clock = [], set(), time.perf_counter()
         bar = {"total": total, "initial": start, "desc": str(out), "unit": "step"}
         self.bar = tqdm(**bar, disable=rank() > 0)
         if rank() > 0:
             return
         out.mkdir(parents=True, exist_ok=True)
-        log, lines = out / "log.jsonl", []
-        if start:  # no line lost or doubled
-            lines = log.read_text().splitlines(keepends=True)[:start]
-        else:
-            for old in (*out.glob("epoch_*.pt"), *out.glob("step_*.pt")):
-                old.unlink()
-        for old in out.glob("*.part"):
-            old.unlink()
-        files = {"config.json": json.dumps(config, indent=1), "log.jsonl": "".join(lines)}
-        files[f"{loaded.name}.json"] = json.dumps(loaded.config, indent=1)
-        for name, text in files.items():
-            (part := out / f"{name}.part").write_text(text)
-            os.replace(part, out / name)
-        self.file = log.open("a")
+        self.log = negatives.open_locked(out / "log.jsonl")
+        self.log.truncate(sum(map(len, itertools.islice(self.log, start))))
+        old = [*out.glob("*.part")]
+        if not start:
+            old += [*out.glob("epoch_*.pt"), *out.glob("step_*.pt")]
+        for path in old:
+            path.unlink()
+        for name, content in (("config", config), (loaded.name, loaded.config)):
+            (part := out / f"{name}.part").write_text(json.dumps(content, indent=1))
+            os.replace(part, out / f"{name}.json")
 
     def add(self, step: int, epoch: int, lr: float, terms: dict[str, Tensor]) -> None:
         values = torch.stack([t.detach().float().squeeze() for t in terms.values()])
         self.waiting.append(({"step": step, "epoch": epoch, "lr": lr}, list(terms), values))
 
-    def flush(self, pairs: int, bad: set[str]) -> None:
-        """Write a line for each waiting step of `pairs` pairs: every loss term and threshold,
-        exp(logit_scale), lr, pairs/s, and how many pictures this process could not read, each of
-        which is named once. A loss that is not finite raises BadInput."""
+    def flush(self, bad: set[str]) -> None:
+        """Write a line for each waiting step: every loss term and threshold, exp(logit_scale), lr,
+        pairs/s, and how many pictures this process could not read, each of which is named once.
+        A loss that is not finite raises BadInput."""
         for path in sorted(bad - self.named):
             tqdm.write(f"{path} cannot be read: another picture takes its place", sys.stderr)
         self.named |= bad
@@ -703,18 +714,26 @@ class RunLog:
             return
         rows = torch.stack([values for *_, values in self.waiting]).tolist()  # one transfer
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        speed = {"pairs_per_s": pairs * len(rows) / seconds, "bad_images": len(bad)}
+        speed = self.config["batch_size"] * len(rows) / seconds
         for (line, names, _), row in zip(self.waiting, rows):
-            line |= dict(zip(names, row)) | speed
+            line |= dict(zip(names, row)) | {"pairs_per_s": speed, "bad_images": len(bad)}
             if not math.isfinite(line["loss"]):
                 raise BadInput(f"the loss is not finite: {json.dumps(line)}")
-            if self.file:
-                self.file.write(json.dumps(line) + "\n")
-        if self.file:
-            self.file.flush()
+            if rank() == 0:
+                self.log.write(json.dumps(line).encode() + b"\n")
+        if rank() == 0:
+            self.log.flush()
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         self.bar.update(len(rows))
         self.waiting = []
+
+    def save(self, name: str, **more) -> None:
+        """A checkpoint; the log on the disk holds every step that it has seen."""
+        if rank() == 0:
+            os.fsync(self.log.fileno())
+            save_checkpoint(self.out / name, self.loaded, run=self.config, **more)
+            for old in sorted(self.out.glob("step_*.pt"))[:-2]:
+                old.unlink()
 
 
 OPERATION = {"out", "resume", "overwrite", "workers", "save_every", "max_bad_images", "processes"}
@@ -742,48 +761,42 @@ def last_state(out: Path, config: dict) -> dict:
     return {}
 
 
-def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict], device) -> Path:
-    """Fine-tune one model with one set of losses (see RunLog); returns the last checkpoint."""
+def set_up(args: argparse.Namespace, state: dict, device):
+    """(the model, what encodes for all processes, its optimizer), as a run begins or goes on."""
+    torch.manual_seed(args.seed)
+    loaded = build_model(args.model, None if state else args.pretrained)
+    model = loaded.model.to(device).train()
+    prepare_model(model, args)
+    encoder = Encoder(model, args.precision)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    if state:
+        model.load_state_dict(state["state_dict"])
+        optimizer.load_state_dict(state["optimizer"])
+    if world_size() > 1:
+        # a CLIP uses all it trains; CoCa has a decoder, SigLIP a bias that no softmax loss moves
+        unused = type(model) is not open_clip.CLIP
+        encoder = DistributedDataParallel(encoder, find_unused_parameters=unused)
+    return loaded, encoder, optimizer
+
+
+def train(args: argparse.Namespace, losses: str, out: Path, records: Sequence, device) -> Path:
+    """Fine-tune one model with one set of losses (see RunFolder); returns the last checkpoint."""
     objective = Objective.parse(losses, args.alpha, args.beta)
     steps = len(records) // args.batch_size  # an epoch
     if steps == 0:
         raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
     config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
     state = last_state(out, config) if args.resume else {}
-    start, total = state.get("step", 0), steps * args.epochs
-
-    torch.manual_seed(args.seed)
-    loaded = build_model(args.model, None if state else args.pretrained)
+    start, total, bad = state.get("step", 0), steps * args.epochs, set(state.get("bad", ()))
+    loaded, encoder, optimizer = set_up(args, state, device)
     # before the first step there is no earlier one: Th^0 = 0, as in the authors' code
-    threshold = torch.full((len(objective.kinds),), args.threshold or 0.0, device=device)
-    prepare_model(loaded.model.to(device).train(), args)
-    encoder = Encoder(loaded.model, args.precision)
-    groups = parameter_groups(loaded.model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    bad = set(state.get("bad", ()))
-    if state:
-        loaded.model.load_state_dict(state["state_dict"])
-        optimizer.load_state_dict(state["optimizer"])
-        threshold = state["threshold"].to(device)
-    if world_size() > 1:
-        # a CLIP uses all it trains; CoCa has a decoder, SigLIP a bias that no softmax loss moves
-        unused = type(loaded.model) is not open_clip.CLIP
-        encoder = DistributedDataParallel(encoder, find_unused_parameters=unused)
-    log = RunLog(out, config, total, loaded, start)
-
-    def save(name: str, **more) -> None:
-        log.flush(args.batch_size, bad)
-        if rank() == 0:
-            os.fsync(log.file.fileno())  # what a state says is done has its lines in the log
-            more |= {"threshold": threshold.cpu(), "step": step, "run": config}
-            save_checkpoint(out / name, loaded, **more)
-            for old in sorted(out.glob("step_*.pt"))[:-2]:
-                old.unlink()
-
-    stop = StopSignal()
+    first = torch.full((len(objective.kinds),), args.threshold or 0.0)
+    threshold = state.get("threshold", first).to(device)
+    folder = RunFolder(out, config, total, loaded, start)
     often = 10 if device.type == "cuda" else 1  # looking at a value costs a device sync
     batches = make_loader(args, records, objective.kinds, loaded, start)
-    with log.bar, stop:
+    with folder.bar, stop_signals() as asked:
         for step, (images, tokens, valid, bad_items) in enumerate(batches, start + 1):
             batch = [images.to(device, non_blocking=True), tokens, valid]
             lr = args.lr * lr_factor(step - 1, args.warmup, total)
@@ -798,44 +811,40 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: list[dict],
 
             terms |= {f"threshold_{kind}": t for kind, t in zip(KINDS, threshold)}
             epoch = math.ceil(step / steps)
+            folder.add(step, epoch, lr, terms)
             bad |= {records[i]["image"] for i in bad_items[bad_items >= 0].tolist()}
-            log.add(step, epoch, lr, terms)
             if args.threshold is None:
                 threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
-            if step == epoch * steps:
-                save(f"epoch_{epoch}.pt")
             due = step == epoch * steps or step % args.save_every == 0
             if step % often and not due:
                 continue
-            log.flush(args.batch_size, bad)
-            asked, bad = agree(stop.asked, bad)
+            folder.flush(bad)
+            stop, bad = agree(bool(asked), bad)
             if len(bad) > args.max_bad_images:
                 raise BadInput(f"{len(bad)} pictures cannot be read, more than --max-bad-images")
-            if asked or due:
-                optimizer_state = optimizer.state_dict()
-                save(f"step_{step:08d}.pt", optimizer=optimizer_state, bad=sorted(bad))
-            if asked:
+            more = {"threshold": threshold.cpu(), "step": step}
+            if step == epoch * steps:
+                folder.save(f"epoch_{epoch}.pt", **more)
+            if stop or due:
+                more |= {"optimizer": optimizer.state_dict(), "bad": sorted(bad)}
+                folder.save(f"step_{step:08d}.pt", **more)
+            if stop:
                 raise BadInput(f"stopped after step {step} of {total}: --resume goes on")
-    if world_size() > 1:
-        dist.barrier()  # the checkpoint is there for every process that loads it next
+    barrier()  # the checkpoint is there for every process that loads it next
     return out / f"epoch_{args.epochs}.pt"
 
 
-class StopSignal(contextlib.AbstractContextManager):
-    """`asked` is True once SIGTERM or Ctrl-C has come; both wait for the end of a step."""
-
-    asked = False
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list]:
+    """A list that is empty until SIGTERM or Ctrl-C has come: both wait for the end of a step."""
+    asked = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *got: asked.append(got)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
-
-    def _ask(self, *_):
-        self.asked = True
 
 
 def agree(stop: bool, bad: set[str]) -> tuple[bool, set[str]]:

@@ -25,11 +25,11 @@ from ce_clip import (
     KINDS,
     BadInput,
     Loaded,
+    Negatives,
     encode_text,
     load_image,
     load_model,
     read_json,
-    read_negatives,
     reading,
     run,
 )
@@ -65,7 +65,7 @@ def toy_items(root: Path) -> list[Item]:
 
 def negatives_items(path: Path, images: Path) -> Iterator[Item]:
     """The four kinds of a file that negatives.py wrote."""
-    records = read_negatives(path, images)
+    records = Negatives(path, images)
     for kind in KINDS:
         for record in records:
             if record[kind]:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -670,8 +670,9 @@ def generate(
     settings |= {"filler": filler, "mlm": mlm if filler == "mlm" else None, "top_k": top_k}
     rules = hashlib.sha256(f"{_SAME}{_CONTRAST}{_PERSON}{_ROLE}{_WEAK}".encode()).hexdigest()[:8]
     settings |= {"seed": seed, "tagger": tagger.name, "word lists": rules}
-    with writing(part, "what is done is kept, the same command goes on"), locked(part):
-        done = go_on(part, settings, sizes[first:last], overwrite)
+    hint = "what is done is kept, the same command goes on"
+    with writing(part, hint), open_locked(part) as file:
+        done = go_on(file, settings, sizes[first:last], overwrite)
         propose = MaskedLMFiller(mlm) if filler == "mlm" else NgramFiller()
         if filler == "ngram":
             with tqdm(total=sum(sizes), desc=f"counting {captions.name}", unit="caption") as bar:
@@ -680,10 +681,10 @@ def generate(
                     bar.update(len(chunk))
         there, todo = sum(sizes[first : first + done]), sum(sizes[first:last])
         bar = tqdm(initial=there, total=todo, desc=target.name, unit="caption")
-        with bar, part.open("a") as file:
+        with bar:
             for chunk in itertools.islice(chunks(read_captions(captions)), first + done, last):
                 records = make_negatives(chunk, propose, tagger, top_k, seed)
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.writelines(json.dumps(record).encode() + b"\n" for record in records)
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(chunk))
@@ -703,42 +704,40 @@ def writing(path: Path, hint: str = "choose another place"):
         raise BadInput(f"cannot write {path}: {e.strerror} ({hint})") from e
 
 
-@contextlib.contextmanager
-def locked(path: Path):
-    """One process at a time: the same command started twice would mix its lines."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise BadInput(f"another process is writing {path}") from e
-        yield
+def open_locked(path: Path) -> BinaryIO:
+    """Open a file to append to, for one process at a time: the same command started twice would
+    mix its lines. Raises BadInput."""
+    file = path.open("ab+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise BadInput(f"another process is writing {path}") from e
+    file.seek(0)
+    return file
 
 
-def go_on(part: Path, settings: dict, sizes: list[int], overwrite: bool) -> int:
+def go_on(part: BinaryIO, settings: dict, sizes: list[int], overwrite: bool) -> int:
     """Begin `part`, or cut what a killed run left of it after its last whole chunk.
 
     Returns how many chunks, of `sizes` captions each, it holds. One of other settings is refused,
     with `overwrite` begun again.
     """
-    header = json.dumps(settings).encode() + b"\n"
-    with part.open("ab+") as file:
-        file.seek(0)
-        found = file.readline()
-        if found != header and found.endswith(b"\n") and not overwrite:
-            with reading(path := part, "a part of negatives.py"):
-                old = json.loads(found)
-                was = [f"{k} {old[k]}, now {v}" for k, v in settings.items() if old[k] != v]
-            raise BadInput(f"{path} was begun with {'; '.join(was)}: --overwrite begins again")
-        if found != header:
-            file.truncate(0)
-            file.write(header)
-        done, end = 0, len(header)
-        for size in sizes:
-            lines = list(itertools.islice(file, size))
-            if len(lines) < size or not lines[-1].endswith(b"\n"):
-                break
-            done, end = done + 1, end + sum(map(len, lines))
-        file.truncate(end)
+    header, found = json.dumps(settings).encode() + b"\n", part.readline()
+    if found != header and found.endswith(b"\n") and not overwrite:
+        with reading(part.name, "a part of negatives.py"):
+            old = json.loads(found)
+            was = [f"{k} {old[k]}, now {v}" for k, v in settings.items() if old[k] != v]
+        raise BadInput(f"{part.name} was begun with {'; '.join(was)}: --overwrite begins again")
+    if found != header:
+        part.truncate(0)
+        part.write(header)
+    done, end = 0, len(header)
+    for size in sizes:
+        lines = list(itertools.islice(part, size))
+        if len(lines) < size or not lines[-1].endswith(b"\n"):
+            break
+        done, end = done + 1, end + sum(map(len, lines))
+    part.truncate(end)
     return done
 
 

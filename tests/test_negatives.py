@@ -644,7 +644,7 @@ def test_two_at_a_time_are_refused(many, tmp_path):
     source, _ = many
     out = tmp_path / "out.jsonl"
     with (
-        negatives.locked(tmp_path / "out.jsonl.part"),
+        negatives.open_locked(tmp_path / "out.jsonl.part"),
         pytest.raises(BadInput, match="another process is writing .*out.jsonl.part"),
     ):
         negatives.generate(source, out, "ngram")

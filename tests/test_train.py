@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -184,7 +185,7 @@ def test_other_text_towers_get_their_full_length():
 
 def example_batch(world, n=8):
     loaded = tiny_model(world)
-    records = ce_clip.read_negatives(world / "negatives.jsonl", world)
+    records = ce_clip.Negatives(world / "negatives.jsonl", world)
     load = functools.partial(ce_clip.load_image, transform=loaded.eval_transform)
     pairs = ce_clip.Pairs(records, KINDS, load, loaded.tokenizer, seed=0)
     *batch, bad = [torch.stack(x) for x in zip(*(pairs[0, i] for i in range(n)))]
@@ -324,7 +325,7 @@ def test_a_region_is_cropped_to_its_box(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     size = lambda picture: torch.tensor(picture.size)  # noqa: E731
     load = functools.partial(ce_clip.load_image, transform=size)
-    records = ce_clip.read_negatives(path, tmp_path)
+    records = ce_clip.Negatives(path, tmp_path)
     pairs = ce_clip.Pairs(records, (), load, toy.tokenize, seed=0)
     assert [pairs[0, i][0].tolist() for i in (0, 1)] == [[1, 1], [8, 8]]
     dot = ce_clip.load_image(records[0]["image"], lambda p: p.getpixel((0, 0)), records[0]["box"])
@@ -462,6 +463,11 @@ def test_stopped_at_random_moments_and_resumed_it_is_the_same_run(world, uninter
                 break
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
+        if number == signal.SIGTERM:  # to loader processes too, as a batch system does
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            assert len(children.split()) >= 1
+            for child in children.split():
+                os.kill(int(child), number)
         process.send_signal(number)
         _, errors = process.communicate()
         reached = log.read_text().count("\n")
@@ -515,6 +521,15 @@ def test_workers_micro_batches_and_processes_change_no_step(world, uninterrupted
             rel = 0 if more[0] == "--workers" else 1e-3
             line, other = line | {"pairs_per_s": 0}, other | {"pairs_per_s": 0}
             assert line == pytest.approx(other, rel=rel, abs=rel)
+
+
+def test_two_runs_at_a_time_in_one_folder_are_refused(world, uninterrupted):
+    before = {p: p.read_bytes() for p in uninterrupted.iterdir()}
+    with negatives.open_locked(uninterrupted / "log.jsonl"):
+        done, _ = tiny_run(world, uninterrupted, *LONG, "--overwrite")
+    assert done.returncode == 1
+    assert f"another process is writing {uninterrupted / 'log.jsonl'}" in done.stderr
+    assert {p: p.read_bytes() for p in uninterrupted.iterdir()} == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path):
@@ -636,7 +651,7 @@ def test_fixed_threshold_and_several_losses(world, tmp_path):
             "needs nowhere/coco/annotations/captions_train",
         ),
         (["--data", "{}/negatives.jsonl"], "--images"),
-        (["--data", "{}/negatives.jsonl", "--images", "nowhere"], "24 of 24 pictures are missing"),
+        (["--data", "{}/negatives.jsonl", "--images", "nowhere"], "24 pictures are missing"),
         (["--data", "coc0"], "--data coc0: neither a file nor one of toy, coco, cc3m, vg"),
         (["--data", "{}/none.jsonl", "--images", "{}"], "neither a file nor one of"),
         (
