@@ -859,8 +859,8 @@ def agree(stop: bool, bad: set[str]) -> tuple[bool, set[str]]:
 
 # The toy world's own settings; everything else stays the paper's.
 TOY = {"model": "toy", "pretrained": None, "losses": ["itc", "itc,hn", FULL], "workers": 0}
-TOY |= {"epochs": 2, "batch_size": 64, "lr": 1e-3}
-TOY_PRETRAINING = {"epochs": 3, "lr": 7e-4}
+TOY |= {"epochs": 2, "batch_size": 64, "lr": 2e-3}
+TOY_PRETRAINING = {"epochs": 4, "lr": 7e-4}
 
 
 def parse_args() -> argparse.Namespace:

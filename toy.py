@@ -53,7 +53,7 @@ RELATIONS = (*VERBS, "above", "below")  # two prepositions, which no training ne
 PIXELS = 64  # side of a picture
 OVERSAMPLING = 3  # drawn larger, then reduced: smooth edges
 TRAIN_SCENES, TEST_SCENES = 8192, 1000
-CAPTIONS_PER_SCENE = 3
+CAPTIONS_PER_SCENE = 2
 P_COLOR = 0.5  # an object's colour is named
 P_SINGLE = 0.12  # the caption names one object only, so that missing negatives occur
 
