@@ -680,9 +680,10 @@ class RunFolder:
     Steps are kept on the device until `flush`; after `start` of them a resumed run goes on.
     """
 
-    def __init__(self, out: Path, config: dict, total: int, loaded: Loaded, start: int):
+    def __init__(self, out: Path, config: dict, loaded: Loaded, start: int, total: int, bad: set):
         self.out, self.config, self.loaded = out, config, loaded
-        self.waiting, self.named, self.clock = [], set(), time.perf_counter()
+        self.bad, self.named = bad, set(bad)  # pictures that this process could not read
+        self.waiting, self.clock = [], time.perf_counter()
         bar = {"total": total, "initial": start, "desc": str(out), "unit": "step"}
         self.bar = tqdm(**bar, disable=rank() > 0)
         if rank() > 0:
@@ -703,20 +704,18 @@ class RunFolder:
         values = torch.stack([t.detach().float().squeeze() for t in terms.values()])
         self.waiting.append(({"step": step, "epoch": epoch, "lr": lr}, list(terms), values))
 
-    def flush(self, bad: set[str]) -> None:
+    def flush(self, stop: bool) -> bool:
         """Write a line for each waiting step: every loss term and threshold, exp(logit_scale), lr,
-        pairs/s, and how many pictures this process could not read, each of which is named once.
-        A loss that is not finite raises BadInput."""
-        for path in sorted(bad - self.named):
+        pairs/s, and how many pictures could not be read, each of which is named once. Returns
+        whether any process is to stop. Raises BadInput for a loss that is not finite, and for too
+        many bad pictures."""
+        for path in sorted(self.bad - self.named):
             tqdm.write(f"{path} cannot be read: another picture takes its place", sys.stderr)
-        self.named |= bad
-        if not self.waiting:
-            return
         rows = torch.stack([values for *_, values in self.waiting]).tolist()  # one transfer
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         speed = self.config["batch_size"] * len(rows) / seconds
         for (line, names, _), row in zip(self.waiting, rows):
-            line |= dict(zip(names, row)) | {"pairs_per_s": speed, "bad_images": len(bad)}
+            line |= dict(zip(names, row)) | {"pairs_per_s": speed, "bad_images": len(self.bad)}
             if not math.isfinite(line["loss"]):
                 raise BadInput(f"the loss is not finite: {json.dumps(line)}")
             if rank() == 0:
@@ -726,6 +725,11 @@ class RunFolder:
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         self.bar.update(len(rows))
         self.waiting = []
+        stop, self.bad = agree(stop, self.bad)
+        self.named |= self.bad
+        if len(self.bad) > self.config["max_bad_images"]:
+            raise BadInput(f"{len(self.bad)} pictures cannot be read, more than --max-bad-images")
+        return stop
 
     def save(self, name: str, **more) -> None:
         """A checkpoint; the log on the disk holds every step that it has seen."""
@@ -788,46 +792,40 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: Sequence, d
         raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
     config = vars(args) | {"losses": losses, "processes": world_size(), "captions": len(records)}
     state = last_state(out, config) if args.resume else {}
-    start, total, bad = state.get("step", 0), steps * args.epochs, set(state.get("bad", ()))
+    start, total = state.get("step", 0), steps * args.epochs
     loaded, encoder, optimizer = set_up(args, state, device)
     # before the first step there is no earlier one: Th^0 = 0, as in the authors' code
     first = torch.full((len(objective.kinds),), args.threshold or 0.0)
     threshold = state.get("threshold", first).to(device)
-    folder = RunFolder(out, config, total, loaded, start)
+    folder = RunFolder(out, config, loaded, start, total, set(state.get("bad", ())))
     often = 10 if device.type == "cuda" else 1  # looking at a value costs a device sync
     batches = make_loader(args, records, objective.kinds, loaded, start)
     with folder.bar, stop_signals() as asked:
-        for step, (images, tokens, valid, bad_items) in enumerate(batches, start + 1):
+        for step, (images, tokens, valid, bad) in enumerate(batches, start + 1):
             batch = [images.to(device, non_blocking=True), tokens, valid]
             lr = args.lr * lr_factor(step - 1, args.warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            _, terms, pos, neg, valid = backward(
-                encoder, batch, threshold, objective, args.micro_batch
-            )
+            _, terms, *own, valid = backward(encoder, batch, threshold, objective, args.micro_batch)
             optimizer.step()
             loaded.model.logit_scale.data.clamp_(0, math.log(100))  # [CLIP, authors' code]
 
             terms |= {f"threshold_{kind}": t for kind, t in zip(KINDS, threshold)}
-            epoch = math.ceil(step / steps)
-            folder.add(step, epoch, lr, terms)
-            bad |= {records[i]["image"] for i in bad_items[bad_items >= 0].tolist()}
+            folder.add(step, math.ceil(step / steps), lr, terms)
+            folder.bad |= {records[i]["image"] for i in bad[bad >= 0].tolist()}
             if args.threshold is None:
-                threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
-            due = step == epoch * steps or step % args.save_every == 0
-            if step % often and not due:
+                threshold = adaptive_threshold(*own, valid, args.upper_bound, threshold)
+            due = step % steps == 0 or step % args.save_every == 0
+            if not due and step % often:
                 continue
-            folder.flush(bad)
-            stop, bad = agree(bool(asked), bad)
-            if len(bad) > args.max_bad_images:
-                raise BadInput(f"{len(bad)} pictures cannot be read, more than --max-bad-images")
-            more = {"threshold": threshold.cpu(), "step": step}
-            if step == epoch * steps:
-                folder.save(f"epoch_{epoch}.pt", **more)
+            stop = folder.flush(bool(asked))
+            now = {"threshold": threshold.cpu(), "step": step}
+            if step % steps == 0:
+                folder.save(f"epoch_{step // steps}.pt", **now)
             if stop or due:
-                more |= {"optimizer": optimizer.state_dict(), "bad": sorted(bad)}
-                folder.save(f"step_{step:08d}.pt", **more)
+                now |= {"optimizer": optimizer.state_dict(), "bad": sorted(folder.bad)}
+                folder.save(f"step_{step:08d}.pt", **now)
             if stop:
                 raise BadInput(f"stopped after step {step} of {total}: --resume goes on")
     barrier()  # the checkpoint is there for every process that loads it next

@@ -1,10 +1,11 @@
 """One training step of ours beside a plain one (77 tokens, all five captions), same model and data.
 
-    python tests/bench_train.py --negatives data/coco/negatives_train2014.jsonl
+    python tests/bench_train.py --negatives negatives.jsonl --images data/coco/train2014
 
 The plain step is how the authors and most forks do it: every caption, a missing negative as a
 placeholder, padded to 77 tokens, in one forward. Both run in processes of their own, for the peak
-memory; on a GPU both in bf16. `--micro-batch` measures gradient caching as well.
+memory; on a GPU both in bf16. `--micro-batch` measures gradient caching as well, `--images` the
+loader alone: real pictures, decoded, augmented and tokenised by --workers processes.
 """
 
 import argparse
@@ -72,6 +73,21 @@ def measure(args) -> None:
     print(json.dumps({"pairs_per_s": speed, "peak_GiB": peak, "loss": loss}))
 
 
+def measure_loader(args) -> None:
+    """Batches of the trainer's own loader with nothing to consume them."""
+    loaded = ce_clip.build_model(args.model)
+    records = ce_clip.Negatives(Path(args.negatives), Path(args.images))
+    run = {"data": [], "epochs": 1, "seed": 0, "max_bad_images": 0, "workers": args.workers}
+    run |= {"batch_size": args.batch_size}
+    batches = iter(ce_clip.make_loader(argparse.Namespace(**run), records, KINDS, loaded, 0))
+    for _ in range(4 * max(1, args.workers)):  # past what the workers fetch ahead
+        next(batches)
+    start, n = time.perf_counter(), 0
+    for _ in islice(batches, 20 * max(1, args.workers)):
+        n += args.batch_size
+    print(json.dumps({"pairs_per_s": n / (time.perf_counter() - start), "workers": args.workers}))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--negatives", required=True, help=".jsonl of negatives.py")
@@ -79,13 +95,16 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--micro-batch", type=int, default=0)
     p.add_argument("--steps", type=int, default=3)
+    p.add_argument("--images", help="picture folder: measure the loader too")
+    p.add_argument("--workers", type=int, default=1, help="of the loader")
     p.add_argument("--way", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.way:
-        measure(args)
+        (measure_loader if args.way == "loader" else measure)(args)
         return
     found = {}
-    for way in ["plain", "ours"] + ["micro"] * (args.micro_batch > 0):
+    ways = ["plain", "ours"] + ["micro"] * (args.micro_batch > 0) + ["loader"] * bool(args.images)
+    for way in ways:
         command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found[way] = json.loads(done.stdout.splitlines()[-1])

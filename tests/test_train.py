@@ -146,6 +146,35 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
         ce_clip.build_model("nothing")
 
 
+class Code:
+    """What a pickle can do when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "code ran")
+
+
+def test_a_pickle_with_code_in_it_is_refused(world, tmp_path):
+    mark, options = tmp_path / "mark", [tmp_path / "x", "--epochs", 1, "--resume"]
+    tiny_run(world, *options)
+    newest, before = (
+        max((tmp_path / "x").glob("step_*.pt")),
+        (tmp_path / "x" / "log.jsonl").read_text(),
+    )
+    torch.save({"state_dict": {}, "code": Code(mark)}, newest)
+    with pytest.raises(BadInput, match="not a readable checkpoint"):
+        ce_clip.load_model(str(newest))
+    done, log = tiny_run(world, *options)
+    assert done.returncode == 1
+    assert f"{newest} is damaged, passed over: " in done.stderr
+    assert (tmp_path / "x" / "log.jsonl").read_text() == before
+    assert not mark.exists()
+    torch.load(newest, weights_only=False)
+    assert mark.exists()  # it would have run
+
+
 def test_cut_captions_have_the_same_features_and_gradient(world):
     """Cutting after the last end-of-text token is exact; token 0 is "!", not padding."""
     loaded = tiny_model(world)
@@ -546,17 +575,18 @@ def test_bad_pictures_up_to_a_number(world, tmp_path):
     for path in world.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "11.png").write_bytes(b"not a picture")
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:900])  # truncated
     (tmp_path / "3.png").unlink()
     options = [tmp_path, tmp_path / "x", "--max-bad-images"]
-    done, log = tiny_run(*options, 2)
+    done, log = tiny_run(*options, 3)
     assert done.returncode == 0, done.stderr
-    assert [line["bad_images"] for line in log][-1] == 2
-    for name in ("11.png", "3.png"):
+    assert [line["bad_images"] for line in log][-1] == 3
+    for name in ("11.png", "5.png", "3.png"):
         line = f"{tmp_path / name} cannot be read: another picture takes its place"
         assert done.stderr.count(line) == 1
-    done, _ = tiny_run(*options, 1, "--overwrite")
+    done, _ = tiny_run(*options, 2, "--overwrite")
     assert done.returncode == 1
-    assert "2 pictures cannot be read, more than --max-bad-images" in done.stderr.splitlines()[-1]
+    assert "3 pictures cannot be read, more than --max-bad-images" in done.stderr.splitlines()[-1]
 
 
 VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
