@@ -31,6 +31,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.model import get_model_preprocess_cfg
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -230,11 +231,17 @@ class Loaded(NamedTuple):
     tokenizer: Callable
 
 
-def build_model(name: str, pretrained: str | None = None, config: dict | None = None) -> Loaded:
+def build_model(
+    name: str,
+    pretrained: str | None = None,
+    config: dict | None = None,
+    preprocess: dict | None = None,
+) -> Loaded:
     """A model by its open_clip name, "toy", or the path of an open_clip model config (.json).
 
     pretrained  an open_clip tag, or a weights file; None = random weights
     config      open_clip's model config, for a name that open_clip does not know
+    preprocess  open_clip's mean, std, interpolation and resize_mode, where the tag does not say
     Some weights, OpenAI's among them, need QuickGELU, which open_clip 3 only warns about: we take
     the model's -quickgelu twin. Raises BadInput.
     """
@@ -250,17 +257,23 @@ def build_model(name: str, pretrained: str | None = None, config: dict | None = 
             open_clip.add_model_config(path)
     if open_clip.get_model_config(name) is None:
         raise BadInput(f"open_clip has no model {name!r} (a config file must end in .json)")
+    of_images = ("mean", "std", "interpolation", "resize_mode")
+    options = {f"image_{key}": preprocess[key] for key in of_images if preprocess}
     try:
-        parts = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        parts = open_clip.create_model_and_transforms(name, pretrained=pretrained, **options)
     except Exception as e:  # a hub error, a damaged file, a state dict of another model
-        reason = str(e).splitlines()[0]
+        reason = " ".join(map(str.strip, str(e).splitlines()[:2]))
         raise BadInput(f"cannot load {pretrained!r} into {name}: {reason}") from e
     tokenizer = toy.tokenize if name == "toy" else open_clip.get_tokenizer(name)
     return Loaded(parts[0], name, open_clip.get_model_config(name), *parts[1:], tokenizer)
 
 
 def load_model(weights: str, name: str | None = None) -> Loaded:
-    """A checkpoint of ours, which knows its model, or a tag or file of weights of model `name`."""
+    """A checkpoint of ours, which knows its model; or a tag, or a weights file, of model `name`.
+
+    A file of weights is a state dict, or holds one as "state_dict" or "model", its names with or
+    without "module.": the layouts of open_clip, NegCLIP, CE-CLIP and most others. Raises BadInput.
+    """
     if not Path(weights).is_file():
         return build_model(name or "ViT-B-32-quickgelu", weights)
     try:
@@ -268,17 +281,30 @@ def load_model(weights: str, name: str | None = None) -> Loaded:
     except Exception as e:
         raise BadInput(f"{weights} is not a readable checkpoint: {str(e).splitlines()[0]}") from e
     if isinstance(saved, dict) and "config" in saved and "model" in saved:
-        return build_model(saved["model"], weights, saved["config"])
+        return build_model(saved["model"], weights, saved["config"], saved.get("preprocess"))
     if name is None:
         raise BadInput(f"{weights} does not say which model it holds: give --model")
-    return build_model(name, weights)
+    if open_clip.get_model_config(f"{name}-quickgelu"):
+        tqdm.write(
+            f"warning: {weights} does not say its activation: if it was trained from OpenAI's "
+            f"weights, its numbers are wrong with the GELU of {name}: --model {name}-quickgelu",
+            sys.stderr,
+        )
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        return build_model(name, weights)
+    loaded = build_model(name)
+    with reading(weights, f"a checkpoint of {name}"):
+        state = {key.removeprefix("module."): value for key, value in saved["model"].items()}
+        loaded.model.load_state_dict(state)
+    return loaded
 
 
 def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
     """Atomic: the file is whole or absent. Plain tensors and numbers, so weights_only=True loads
     it, and so does open_clip: create_model_and_transforms(saved["model"], pretrained=path)."""
-    state = loaded.model.state_dict()
-    saved = {"model": loaded.name, "config": loaded.config, "state_dict": state, **more}
+    saved = {"model": loaded.name, "config": loaded.config}
+    saved |= {"preprocess": get_model_preprocess_cfg(loaded.model)}
+    saved |= {"state_dict": loaded.model.state_dict(), **more}
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         torch.save(saved, file)
@@ -768,7 +794,14 @@ def last_state(out: Path, config: dict) -> dict:
 def set_up(args: argparse.Namespace, state: dict, device):
     """(the model, what encodes for all processes, its optimizer), as a run begins or goes on."""
     torch.manual_seed(args.seed)
-    loaded = build_model(args.model, None if state else args.pretrained)
+    if state:
+        loaded = build_model(state["model"], None, state["config"], state["preprocess"])
+    elif args.pretrained and Path(args.pretrained).is_file():
+        loaded = load_model(args.pretrained, args.model)
+        if loaded.name != Path(args.model).name.removesuffix(".json"):
+            raise BadInput(f"{args.pretrained} holds a {loaded.name}: --model {args.model} is not")
+    else:
+        loaded = build_model(args.model, args.pretrained)
     model = loaded.model.to(device).train()
     prepare_model(model, args)
     encoder = Encoder(model, args.precision)

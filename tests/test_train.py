@@ -116,10 +116,41 @@ def test_the_activation_travels_with_the_checkpoint(tmp_path):
         assert isinstance(again.transformer.resblocks[0].mlp.gelu, activation)
 
 
+def test_mean_and_interpolation_travel_with_the_checkpoint(tmp_path):
+    """SigLIP's pictures have another mean than CLIP's; open_clip knows it by the tag alone."""
+    siglip = {"mean": (0.5,) * 3, "std": (0.4,) * 3, "interpolation": "bilinear"}
+    loaded = ce_clip.build_model("tiny-mean", None, TINY, siglip | {"resize_mode": "squash"})
+    ce_clip.save_checkpoint(tmp_path / "x.pt", loaded)
+    again = ce_clip.load_model(str(tmp_path / "x.pt"))
+    assert "(0.5, 0.5, 0.5)" in str(loaded.eval_transform)
+    assert str(again.eval_transform) == str(loaded.eval_transform)
+    assert str(again.train_transform) == str(loaded.train_transform)
+
+
+@pytest.mark.parametrize("layout", ["bare", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
+    """As open_clip and CE-CLIP (state_dict, module.), NegCLIP, and others (model) leave them."""
+    expected = tiny_model(world).model.state_dict()
+    state = {prefix + key: value for key, value in expected.items()}
+    saved = state if layout == "bare" else {"epoch": 5, layout: state}
+    torch.save(saved, tmp_path / "x.pt")
+    found = ce_clip.load_model(str(tmp_path / "x.pt"), str(world / "tiny.json")).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert "activation" not in capsys.readouterr().err
+
+
+def test_weights_that_do_not_say_their_activation_get_a_warning(world, tmp_path, capsys):
+    torch.save(tiny_model(world).model.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="cannot load .* into ViT-B-32: "):
+        ce_clip.load_model(str(tmp_path / "x.pt"), "ViT-B-32")
+    assert "--model ViT-B-32-quickgelu" in capsys.readouterr().err
+
+
 def test_openai_weights_always_get_quickgelu(monkeypatch):
     asked = []
 
-    def create(name, pretrained):
+    def create(name, pretrained, **_):
         asked.append((name, pretrained))
         raise RuntimeError("no network")
 
@@ -142,6 +173,9 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
         ce_clip.load_model(str(damaged))
     with pytest.raises(BadInput, match="cannot load"):
         ce_clip.load_model(str(bare), "toy")
+    torch.save({"logit_scale": torch.ones(())}, bare)
+    with pytest.raises(BadInput, match="cannot load .* into tiny: .*Missing key.*text_projection"):
+        ce_clip.load_model(str(bare), str(world / "tiny.json"))
     with pytest.raises(BadInput, match="open_clip has no model 'nothing'"):
         ce_clip.build_model("nothing")
 
