@@ -27,6 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
@@ -268,6 +269,11 @@ def build_model(
     return Loaded(parts[0], name, open_clip.get_model_config(name), *parts[1:], tokenizer)
 
 
+# a number of numpy, which older trainers left as the lr in a checkpoint [NegCLIP, CE-CLIP]
+_scalar = np.float64(0).__reduce__()[0]
+NUMPY = [_scalar, (_scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+
+
 def load_model(weights: str, name: str | None = None) -> Loaded:
     """A checkpoint of ours, which knows its model; or a tag, or a weights file, of model `name`.
 
@@ -276,6 +282,11 @@ def load_model(weights: str, name: str | None = None) -> Loaded:
     """
     if not Path(weights).is_file():
         return build_model(name or "ViT-B-32-quickgelu", weights)
+    with torch.serialization.safe_globals(NUMPY):
+        return _load_file(weights, name)
+
+
+def _load_file(weights: str, name: str | None) -> Loaded:
     try:
         saved = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
@@ -487,6 +498,8 @@ def load_image(path: str, transform: Callable, box=None, draft: int = 0) -> Tens
         if draft and not box:
             image.draft("RGB", (draft, draft))
         image = image.convert("RGB")
+        if box and not (box[0] < min(box[2], image.width) and box[1] < min(box[3], image.height)):
+            raise ValueError(f"its size is {image.size}, the box {box} lies outside")
         return transform(image.crop(box) if box else image)
 
 

@@ -1,25 +1,42 @@
-"""Score CLIP checkpoints on compositional benchmarks: is the true caption ahead of the false one?
+"""Score CLIP checkpoints on the paper's benchmarks (arXiv 2306.08832, Tables 1, 2, 3 and 5).
 
     python eval_bench.py                                       # the toy runs of ce_clip.py
-    python eval_bench.py --ckpt runs/coco/epoch_5.pt openai --data-root data    # SugarCrepe
+    python eval_bench.py --ckpt runs/coco/epoch_5.pt --base openai --data-root data --out results
     python eval_bench.py --ckpt runs/coco/epoch_5.pt --pairs negatives.jsonl --images DIR
 
-A benchmark is a function that yields Item(group, image, box, positive, negative). Each distinct
-picture and each distinct text is encoded once; an item is right if and only if cosine(image,
-positive) > cosine(image, negative), so a tie is wrong; chance is 50 %.
+A benchmark is a function that yields Item(group, image, box, positive, negatives). An item is right
+if and only if cosine(image, positive) > cosine(image, negative) for each negative, so a tie is
+wrong. All checkpoints share one pass: each distinct (picture, box) is decoded once, each distinct
+text is encoded once, cut after its end-of-text.
 """
 
 import argparse
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import open_clip
 import torch
+import torchvision
+import yaml
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import negatives
 import toy
 from ce_clip import (
     KINDS,
@@ -34,129 +51,409 @@ from ce_clip import (
     run,
 )
 
+NAN = float("nan")
+
 
 class Item(NamedTuple):
-    group: str  # subset or kind
+    """Is the picture closer to `positive` than to all `negatives`? None of these: retrieval."""
+
+    group: str  # subset, relation, kind: what an average is taken over
     image: str  # path
-    box: tuple[int, int, int, int] | None  # left, top, right, bottom in pixels; None = all of it
+    box: tuple[float, float, float, float] | None  # left, top, right, bottom in pixels
     positive: str
-    negative: str
+    negatives: tuple[str, ...]
+
+
+class Files:
+    """A data folder that remembers which of the files asked for are absent."""
+
+    def __init__(self, root: Path):
+        self.root, self.absent = root, []
+
+    def __truediv__(self, name: str) -> str:
+        return str(self.root / name)
+
+    def items(self, name: str, build: Callable[[str | int, dict], Item | None]) -> Iterator[Item]:
+        """build(key, entry) of every entry of a JSON list or object that it does not answer with
+        None. Raises BadInput, which names the entry."""
+        path = self.root / name
+        if not path.exists():
+            self.absent.append(name)
+            return
+        content = read_json(path)
+        with reading(path, "a JSON list or object of items"):
+            entries = list(content.items() if isinstance(content, dict) else enumerate(content))
+        for key, entry in entries:
+            with reading(f"{path}, item {key},", "an item of this benchmark"):
+                item = build(key, entry)
+                if item and not all(isinstance(t, str) for t in (item.positive, *item.negatives)):
+                    raise TypeError("a caption that is not text")
+            if item:
+                yield item
 
 
 # ---- Benchmarks: each yields its items, whether or not the picture is there ----------------------
 
-TOY_RUNS = {  # row of the table: run of ce_clip.py
-    "pre-trained": "toy-pretrained",
-    "CLIP-FT (Eq. 1)": "toy-itc",
-    "NegCLIP's loss (Eq. 2)": "toy-itc-hn",
-    "CE-CLIP (Eq. 8)": "toy",
+
+def aro_items(files: Files, _) -> Iterator[Item]:
+    """ARO Relation and Attribution (arXiv 2210.01936), cropped to the box of the two objects."""
+    for task in ("relation", "attribution"):
+
+        def build(_, e, task=task):
+            x, y, w, h = (e[f"bbox_{side}"] for side in "xywh")
+            name = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
+            image, box = files / f"aro/images/{e['image_path']}", (x, y, x + w, y + h)
+            return Item(f"{task}/{name}", image, box, e["true_caption"], (e["false_caption"],))
+
+        yield from files.items(f"aro/visual_genome_{task}.json", build)
+
+
+# 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one.
+ARO_DROPPED = """
+adjusting, attached to, between, bigger than, biting, boarding, brushing, chewing, cleaning,
+climbing, close to, coming from, coming out of, contain, crossing, dragging, draped over,
+drinking, drinking from, driving, driving down, driving on, eating from, eating in, enclosing,
+exiting, facing, filled with, floating in, floating on, flying, flying above, flying in, flying
+over, flying through, full of, going down, going into, going through, grazing in, growing in,
+growing on, guiding, hanging from, hanging in, hanging off, hanging over, higher than, holding
+onto, hugging, in between, jumping off, jumping on, jumping over, kept in, larger than, leading,
+leaning over, leaving, licking, longer than, looking in, looking into, looking out, looking over,
+looking through, lying next to, lying on top of, making, mixed with, mounted on, moving, on the
+back of, on the edge of, on the front of, on the other side of, opening, painted on, parked at,
+parked beside, parked by, parked in, parked in front of, parked near, parked next to, perched on,
+petting, piled on, playing, playing in, playing on, playing with, pouring, reaching for, reading,
+reflected on, riding on, running in, running on, running through, seen through, sitting behind,
+sitting beside, sitting by, sitting in front of, sitting near, sitting next to, sitting under,
+skiing down, skiing on, sleeping in, sleeping on, smiling at, sniffing, splashing, sprinkled on,
+stacked on, standing against, standing around, standing behind, standing beside, standing in front
+of, standing near, standing next to, staring at, stuck in, surrounding, swimming in, swinging,
+talking to, topped with, touching, traveling down, traveling on, tying, typing on, underneath,
+wading in, waiting for, walking across, walking by, walking down, walking next to, walking
+through, working in, working on, worn on, wrapped around, wrapped in, by, of, near, next to, with,
+beside, on the side of, around
+"""
+
+
+def aro_columns(groups: dict) -> dict:
+    """Means over relations, but for ARO_DROPPED, and over pairs of attributes with >= 25 cases."""
+    relations = [g for g in groups if g.startswith("relation/")]
+    attributes = [g for g, a in groups.items() if g.startswith("attribution/") and a.all >= 25]
+    dropped = " ".join(ARO_DROPPED.split()).split(", ")
+    kept = [g for g in relations if g.removeprefix("relation/") not in dropped]
+    return {"Relation": kept, "Attribution": attributes}
+
+
+VALSE = {  # column of Table 1: files
+    "Existence": "existence",
+    "Plurality": "plurals",
+    "Counting": ["counting-hard", "counting-small-quant", "counting-adversarial"],
+    "Sp.rel.": "relations",
+    "Actions repl.": "action-replacement",
+    "Actions swap": "actant-swap",
+    "Coref. standard": "coreference-standard",
+    "Coref. clean": "coreference-hard",
+    "Foil-it!": "foil-it",
+}
+VALSE_FOLDERS = {  # by the start of a picture's name; all others are SWiG's
+    "v7w_": "visual7w/images",
+    "COCO_train2014": "coco/train2014",
+    "COCO_val2014": "coco/val2014",
+    "VisualDialog": "visdial/VisualDialog_val2018",
+    "0": "coco/val2017",
 }
 
 
-def toy_items(root: Path) -> list[Item]:
-    """The toy world's test scenes: each kind of training negative, then the held-out kinds."""
-    items = []
-    for image in read_json(root / "captions_test.json")["images"]:
-        scene, rng = toy.Scene(*image["scene"]), random.Random(image["id"])
-        for kind, true, false in toy.true_false_pairs(scene, rng):
-            items.append(Item(kind, str(root / "images" / image["file_name"]), None, true, false))
-    return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
+def valse_items(files: Files, _) -> Iterator[Item]:
+    """VALSE (arXiv 2112.07566): items whose caption at least 2 of 3 annotators found right."""
+
+    def build(_, e, name):
+        if e["mturk"]["caption"] >= 2:
+            start = next((s for s in VALSE_FOLDERS if e["image_file"].startswith(s)), "")
+            image = files / f"{VALSE_FOLDERS.get(start, 'swig')}/{e['image_file']}"
+            return Item(name, image, None, e["caption"], (e["foil"],))
+
+    for name in leaves(list(VALSE.values())):
+        yield from files.items(f"valse/{name}.json", functools.partial(build, name=name))
 
 
-def negatives_items(path: Path, images: Path) -> Iterator[Item]:
-    """The four kinds of a file that negatives.py wrote."""
-    records = Negatives(path, images)
-    for kind in KINDS:
-        for record in records:
-            if record[kind]:
-                yield Item(kind, record["image"], record["box"], record["caption"], record[kind])
+def valse_columns(_) -> dict:
+    """The columns of Table 1, their mean, and the mean over files: the paper's "Avg." is the latter
+    (72.5 for CE-CLIP), in the row of CE-CLIP+ the former (76.7)."""
+    columns = list(VALSE.values())
+    return VALSE | {"Avg 11 files": leaves(columns), "Avg 9 columns": columns}
+
+
+_SWIG = [f"swig_{role}" for role in ("agent", "destination", "item", "tool")]
+VLC_SOURCES = {  # cell: its types, and the files of each source
+    **{
+        f"Attribute/{t}": ([""], [["vg"], ["vaw"]])
+        for t in ("action", "color", "material", "size", "state")
+    },
+    "Object/Location": (["/center", "/mid", "/margin"], [["vg_obj", "vg_subj"], _SWIG, ["hake"]]),
+    "Object/Size": (["/large", "/medium", "/small"], [["vg_obj", "vg_subj"], _SWIG, ["hake"]]),
+    "Relation/action": ([""], [["vg"], ["swig"], ["hake"]]),
+    "Relation/spatial": ([""], [["vg"]]),
+}
+
+
+def vlc_columns(_) -> dict:
+    """The nine cells of Table 2: means over files, sources, types; then the means of the groups'
+    cells, and of all nine."""
+    cells = {
+        cell: [[[f"{cell}{t}/{f}" for f in source] for source in sources] for t in types]
+        for cell, (types, sources) in VLC_SOURCES.items()
+    }
+    groups = {
+        group: [tree for cell, tree in cells.items() if cell.startswith(group)]
+        for group in ("Attribute", "Object", "Relation")
+    }
+    return cells | groups | {"Avg": list(cells.values())}
+
+
+def vlc_items(files: Files, args: argparse.Namespace) -> Iterator[Item]:
+    """VL-CheckList (arXiv 2207.00221); of each file the first --vlc-rows rows."""
+    for group in leaves(vlc_columns(None)["Avg"]):
+        config = Path(files / f"vl_checklist/corpus/v1/{group}.yaml")
+        if not config.exists():
+            files.absent.append(str(config.relative_to(files.root)))
+            continue
+        with reading(config, "a corpus file of VL-CheckList"):
+            config = yaml.safe_load(config.read_text())
+            name, folder = "vl_checklist/" + config["ANNO_PATH"], config["IMG_ROOT"].strip("/")
+
+        def build(row, entry, group=group, folder=folder):
+            if args.vlc_rows and row >= args.vlc_rows:
+                return None
+            image, texts = entry
+            image = files / f"{folder}/{image}"
+            return Item(group, image, None, texts["POS"][0], (texts["NEG"][0],))
+
+        yield from files.items(name, build)
 
 
 SUGARCREPE = {
-    "REPLACE": ("replace_obj", "replace_att", "replace_rel"),
-    "SWAP": ("swap_obj", "swap_att"),
-    "ADD": ("add_obj", "add_att"),
-}
-TABLE_3 = {  # the paper's rows, per subset in the order above
-    "CLIP (paper)": (90.9, 80.0, 69.2, 61.4, 64.0, 77.2, 68.2),
-    "NegCLIP (paper)": (92.7, 85.9, 76.5, 75.2, 75.4, 88.8, 82.8),
-    "CE-CLIP (paper)": (93.1, 88.8, 79.0, 72.8, 77.0, 92.4, 93.4),
-    "CE-CLIP+ (paper)": (93.8, 90.8, 83.2, 76.8, 79.3, 93.8, 94.9),
+    "REPLACE": ["replace_obj", "replace_att", "replace_rel"],
+    "SWAP": ["swap_obj", "swap_att"],
+    "ADD": ["add_obj", "add_att"],
 }
 
 
-def sugarcrepe_items(root: Path) -> Iterator[Item]:
-    """The 7 subsets of SugarCrepe (7,511 items) on COCO val2017."""
-    for subset in (s for subsets in SUGARCREPE.values() for s in subsets):
-        path = root / "sugarcrepe" / f"{subset}.json"
-        with reading(path, "a file of SugarCrepe"):
-            entries = read_json(path).items()  # keys are not contiguous
-        for key, item in entries:
-            with reading(f"{path}, item {key},", "an item of SugarCrepe"):
-                image = str(root / "coco" / "val2017" / item["filename"])
-                item = Item(subset, image, None, item["caption"], item["negative_caption"])
-            yield item
+def sugarcrepe_items(files: Files, _=None) -> Iterator[Item]:
+    """SugarCrepe (arXiv 2306.14610): 7 subsets, 7,511 items, on COCO val2017."""
+
+    def build(_, e, subset):
+        image = files / f"coco/val2017/{e['filename']}"
+        return Item(subset, image, None, e["caption"], (e["negative_caption"],))
+
+    for subset in leaves(list(SUGARCREPE.values())):
+        yield from files.items(f"sugarcrepe/{subset}.json", functools.partial(build, subset=subset))
+
+
+def sugarcrepe_columns(_) -> dict:
+    """Subsets; unweighted means as in Tables 3 and 5; and over items, as its authors."""
+    subsets = leaves(list(SUGARCREPE.values()))
+    return {s: s for s in subsets} | SUGARCREPE | {"macro": subsets, "micro": tuple(subsets)}
+
+
+def pre_caption(text: str) -> str:
+    """Lower case without .!"()*#:;~ and at most 30 words, as ARO and the paper's retrieval."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
+
+
+def captions(files: Files, name: str, folder: str) -> Iterator[tuple[str, str]]:
+    """(picture, caption) of a Karpathy-style or COCO-captions file."""
+    if not (files.root / name).exists():
+        files.absent.append(name)
+        return
+    for record in negatives.read_captions(files.root / name):
+        yield files / f"{folder}/{record['image']}", record["caption"]
+
+
+KARPATHY = {  # name: file of captions, folder that its pictures' names start in
+    "COCO": ("coco/annotations/coco_karpathy_test.json", "coco"),
+    "Flickr30k": ("flickr30k/flickr30k_test.json", "flickr30k"),
+}
+
+
+def order_items(files: Files, _) -> Iterator[Item]:
+    """COCO-Order and Flickr30k-Order of ARO: a caption among four perturbations of itself."""
+    for name, source in KARPATHY.items():
+        rows = list(captions(files, *source))
+        tagged = negatives.Tagger().words(text for _, text in rows) if rows else ()
+        for (image, text), words in zip(rows, tagged):
+            yield Item(f"{name}-Order", image, None, pre_caption(text), perturbations(words))
+
+
+def perturbations(words: list[negatives.Word]) -> tuple[str, ...]:
+    """Nouns and adjectives shuffled among themselves; all the others; the words within each three;
+    the threes. Seeded by the caption; a shuffle that changes nothing is the caption, a tie.
+
+    paper: nltk's words in the last two / we: spaCy's in all four.
+    """
+    tokens = [w.text for w in words]
+    rng = random.Random(" ".join(tokens))
+    kinds = [w.tag[:2] if w.tag[:2] in ("NN", "JJ") else "" for w in words]
+
+    def shuffled(*moving):
+        out = tokens[:]
+        for kind in moving:
+            places = [i for i, k in enumerate(kinds) if k == kind]
+            for place, source in zip(places, rng.sample(places, len(places))):
+                out[place] = tokens[source]
+        return out
+
+    threes = [tokens[i : i + 3] for i in range(0, len(tokens), 3)]
+    within = [token for three in threes for token in rng.sample(three, len(three))]
+    whole = [token for three in rng.sample(threes, len(threes)) for token in three]
+    text = pre_caption("".join(w.text + w.space for w in words))
+    perturbed = shuffled("NN", "JJ"), shuffled(""), within, whole
+    return tuple(text if p == tokens else pre_caption(" ".join(p)) for p in perturbed)
+
+
+def retrieval_items(files: Files, _, source: tuple[str, str]) -> Iterator[Item]:
+    for image, text in captions(files, *source):
+        yield Item("captions", image, None, pre_caption(text), ())
+
+
+def negatives_items(_, args: argparse.Namespace) -> Iterator[Item]:
+    """The four kinds of a file that negatives.py wrote."""
+    records = Negatives(Path(args.pairs), Path(args.images))
+    for kind in KINDS:
+        for r in records:
+            if r[kind]:
+                yield Item(kind, r["image"], r["box"], r["caption"], (r[kind],))
+
+
+def toy_items(*_) -> list[Item]:
+    """The toy world's test scenes: each kind of training negative, then the held-out kinds."""
+    root, items = Path("data", "toy"), []
+    if not (root / "captions_test.json").exists():
+        toy.make_world(root)
+    for image in read_json(root / "captions_test.json")["images"]:
+        scene, rng = toy.Scene(*image["scene"]), random.Random(image["id"])
+        path = str(root / "images" / image["file_name"])
+        for kind, true, false in toy.true_false_pairs(scene, rng):
+            items.append(Item(kind, path, None, true, (false,)))
+    return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
 
 
 # ---- Features: every distinct picture and text once ----------------------------------------------
 
 
 class Pictures(Dataset):
-    def __init__(self, keys: list[tuple], transform: Callable):
-        self.keys, self.transform = keys, transform
+    """(one tensor for each of `transforms`, target): a picture is decoded once for all models."""
 
-    def __len__(self):
-        return len(self.keys)
+    def __init__(self, load: Callable[[int], tuple[Image.Image, Tensor | int]], n: int, transforms):
+        self.load, self.n, self.transforms = load, n, transforms
 
-    def __getitem__(self, i: int) -> Tensor:
-        path, box = self.keys[i]
-        return load_image(path, self.transform, box)
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int):
+        picture, target = self.load(i)
+        return [transform(picture) for transform in self.transforms], target
+
+
+def picture(keys: list[tuple], n: int) -> tuple[Image.Image, int]:
+    path, box = keys[n]
+    return load_image(path, Image.Image.copy, box), 0
+
+
+class Scorer:
+    """The checkpoints, {row: Loaded}, and how they encode: unit features, float32, on the CPU."""
+
+    def __init__(self, models: dict[str, Loaded], args: argparse.Namespace):
+        self.models, self.args = models, args
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for loaded in models.values():
+            loaded.model.to(self.device).eval()
+
+    def precision(self):
+        bf16 = self.args.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+    @torch.inference_mode()
+    def images(self, load: Callable, n: int, desc: str) -> tuple[dict[str, Tensor], Tensor]:
+        """{row: features (n, D)}, and the targets (n,); load(i) gives picture and target i."""
+        transforms = {str(m.eval_transform): m.eval_transform for m in self.models.values()}
+        pictures = Pictures(load, n, list(transforms.values()))
+        loader = DataLoader(pictures, self.args.batch_size, num_workers=self.args.workers)
+        rows, targets = defaultdict(list), []
+        for batches, target in tqdm(loader, f"{desc}: pictures", unit="batch", leave=False):
+            batch = {key: b.to(self.device) for key, b in zip(transforms, batches)}
+            targets.append(target)
+            for row, (model, *_, transform, _) in self.models.items():
+                with self.precision():
+                    features = model.encode_image(batch[str(transform)], normalize=True)
+                rows[row].append(features.float().cpu())
+        return {row: torch.cat(parts) for row, parts in rows.items()}, torch.cat(targets)
+
+    @torch.inference_mode()
+    def text(self, loaded: Loaded, tokens: Tensor) -> Tensor:
+        """Features (N, D) of tokens (N, L), on the device."""
+        with self.precision():
+            return encode_text(loaded.model, tokens).float()
+
+    def texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """{row: features (len(texts), D)}; batches are of texts of nearly one length."""
+        found, tokens, size = {}, {}, 4 * self.args.batch_size
+        with tqdm(total=len(self.models) * len(texts), desc="texts", leave=False) as bar:
+            for row, loaded in self.models.items():
+                key, parts = json.dumps(loaded.config), []
+                if key not in tokens:
+                    chunks = (texts[i : i + size] for i in range(0, len(texts), size))
+                    tokens[key] = torch.cat([loaded.tokenizer(chunk) for chunk in chunks])
+                order = tokens[key].argmax(1).argsort(stable=True)  # by their end-of-text
+                for chosen in order.split(size):
+                    parts.append(self.text(loaded, tokens[key][chosen]).cpu())
+                    bar.update(len(chosen))
+                found[row] = torch.cat(parts)[order.argsort()]
+        return found
+
+    def encode(self, items: list[Item]) -> dict[str, "Features"]:
+        """{row: Features} of items whose pictures are there."""
+        keys = list(dict.fromkeys((i.image, i.box) for i in items))
+        texts = list(dict.fromkeys(t for i in items for t in (i.positive, *i.negatives)))
+        pictures, _ = self.images(functools.partial(picture, keys), len(keys), "benchmarks")
+        encoded, known = self.texts(texts), [{k: n for n, k in enumerate(x)} for x in (keys, texts)]
+        return {row: Features(pictures[row], encoded[row], *known) for row in self.models}
 
 
 class Features(NamedTuple):
-    """Unit features in float32 on the CPU; an item whose picture is missing has none."""
+    """Unit features of one model; a picture that is not there has none."""
 
-    images: dict[tuple, Tensor]  # (path, box) -> (D,)
-    texts: dict[str, Tensor]  # text -> (D,)
+    images: Tensor  # (P, D)
+    texts: Tensor  # (T, D)
+    image: dict[tuple, int]  # (path, box) -> row of images
+    text: dict[str, int]  # text -> row of texts
 
-    def cosines(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
-        """(N,) each: cosine(image, positive), cosine(image, negative), cosine(both texts)."""
-        width = next(iter(self.texts.values())).shape
-        image, positive, negative = (
-            torch.stack(rows) if rows else torch.empty(0, *width)
-            for rows in (
-                [self.images[i.image, i.box] for i in items],
-                [self.texts[i.positive] for i in items],
-                [self.texts[i.negative] for i in items],
-            )
+    def there(self, items: Iterable[Item]) -> list[Item]:
+        return [item for item in items if (item.image, item.box) in self.image]
+
+    def rows(self, items: list[Item]) -> tuple[Tensor, Tensor]:
+        """Rows of the pictures and of the positives, (N,) each."""
+        images = torch.tensor([self.image[i.image, i.box] for i in items], dtype=torch.long)
+        return images, torch.tensor([self.text[i.positive] for i in items], dtype=torch.long)
+
+    def cosines(self, items: list[Item]) -> tuple[Tensor, Tensor]:
+        """(N,) each: of the picture with the positive, and with the negative that is closest."""
+        image, positive = self.rows(items)
+        owner = torch.tensor(
+            [n for n, i in enumerate(items) for _ in i.negatives], dtype=torch.long
         )
-        return (image * positive).sum(1), (image * negative).sum(1), (positive * negative).sum(1)
-
-
-@torch.inference_mode()
-def encode(loaded: Loaded, items: list[Item], device, batch_size=64, workers=0) -> Features:
-    pictures = list(dict.fromkeys((item.image, item.box) for item in items))
-    texts = list(dict.fromkeys(t for item in items for t in (item.positive, item.negative)))
-    texts.sort(key=len)  # batches of similar length, each cut after its last end-of-text
-    model = loaded.model.to(device).eval()
-    dataset = Pictures(pictures, loaded.eval_transform)
-    image_rows, text_rows = [], []
-    with tqdm(total=len(pictures) + len(texts), desc=loaded.name, unit="item", leave=False) as bar:
-        for batch in DataLoader(dataset, batch_size, num_workers=workers):
-            image_rows += model.encode_image(batch.to(device), normalize=True).float().cpu()
-            bar.update(len(batch))
-        for start in range(0, len(texts), batch_size):
-            tokens = loaded.tokenizer(texts[start : start + batch_size])
-            text_rows += encode_text(model, tokens).float().cpu()
-            bar.update(len(tokens))
-    return Features(dict(zip(pictures, image_rows)), dict(zip(texts, text_rows)))
+        negative = torch.tensor(
+            [self.text[t] for i in items for t in i.negatives], dtype=torch.long
+        )
+        cosine = (self.images[image[owner]] * self.texts[negative]).sum(1)
+        closest = torch.full((len(items),), -torch.inf).scatter_reduce(0, owner, cosine, "amax")
+        return (self.images[image] * self.texts[positive]).sum(1), closest
 
 
 # ---- Metrics: numbers in, numbers out ------------------------------------------------------------
 
 
 class Accuracy(NamedTuple):
-    """Pair accuracy of one group. A tie is wrong; chance is 50 %."""
+    """Pair accuracy of one group. A tie is wrong; chance is 50 %, with 4 negatives 20 %."""
 
     right: int
     scored: int
@@ -164,106 +461,585 @@ class Accuracy(NamedTuple):
     missing: int = 0  # items without a picture
 
     @property
+    def all(self) -> int:
+        return self.scored + self.missing
+
+    @property
     def percent(self) -> float:
-        return 100 * self.right / self.scored if self.scored else float("nan")
+        return 100 * self.right / self.scored if self.scored else NAN
 
 
 def pair_accuracy(positive: Tensor, negative: Tensor, missing: int = 0) -> Accuracy:
-    """positive, negative (N,): similarities of the true and the false caption; right if >."""
+    """positive, negative (N,): similarities of the true and the closest false caption."""
     right, ties = (positive > negative).sum(), (positive == negative).sum()
     return Accuracy(int(right), len(positive), int(ties), missing)
 
 
-def recall_at_1(sim: Tensor) -> float:
-    """sim (N, N), the truth on the diagonal -> percent of rows where it is strictly the largest."""
-    best_other = sim.masked_fill(torch.eye(len(sim), dtype=torch.bool), -torch.inf).amax(1)
-    return 100 * (sim.diagonal() > best_other).float().mean().item()
+class Cell(NamedTuple):
+    """A number of a table. nan: an average to which something is missing, so that it compares
+    with no paper."""
+
+    value: float
+    scored: int
+    all: int
 
 
-def by_group(items: list[Item]) -> dict[str, list[Item]]:
-    groups = {}
-    for item in items:
-        groups.setdefault(item.group, []).append(item)
-    return groups
+# A column is a group, [..] the unweighted mean of its branches, or (..) the mean over all items.
+Tree = str | list | tuple
+
+
+def leaves(tree: Tree) -> list[str]:
+    return [tree] if isinstance(tree, str) else [leaf for branch in tree for leaf in leaves(branch)]
+
+
+def average(tree: Tree, percent: dict[str, float]) -> float:
+    """The unweighted means of a tree; nan where a group is not in `percent`."""
+    if isinstance(tree, str):
+        return percent.get(tree, NAN)
+    values = [average(branch, percent) for branch in tree]
+    return sum(values) / len(values) if values else NAN
+
+
+def cell(tree: Tree, groups: dict[str, Accuracy]) -> Cell:
+    parts = [groups.get(leaf, Accuracy(0, 0, 0)) for leaf in leaves(tree)]
+    scored, total = sum(p.scored for p in parts), sum(p.all for p in parts)
+    if isinstance(tree, str):
+        return Cell(parts[0].percent, scored, total)
+    if not all(p.scored and not p.missing for p in parts):
+        return Cell(NAN, scored, total)
+    if isinstance(tree, tuple):
+        return Cell(100 * sum(p.right for p in parts) / scored, scored, total)
+    return Cell(average(tree, {g: a.percent for g, a in groups.items()}), scored, total)
 
 
 def score(items: list[Item], features: Features) -> dict[str, Accuracy]:
     """The accuracy of each group, in the items' order."""
+    members = defaultdict(list)
+    for item in items:
+        if item.negatives:
+            members[item.group].append(item)
     out = {}
-    for group, members in by_group(items).items():
-        there = [i for i in members if (i.image, i.box) in features.images]
-        positive, negative, _ = features.cosines(there)
-        out[group] = pair_accuracy(positive, negative, len(members) - len(there))
+    for group, those in members.items():
+        there = features.there(those)
+        out[group] = pair_accuracy(*features.cosines(there), len(those) - len(there))
     return out
 
 
-# ---- Reports: what a benchmark shows beside the accuracy of its groups, {column: number} ---------
+def ranks(queries: Tensor, gallery: Tensor, own: Tensor, gallery_own: Tensor) -> Tensor:
+    """(N,) how many of others are at least as close to a query as the closest of its own, from 0.
+
+    queries (N, D), gallery (M, D), and to whom each belongs, (N,) and (M,); in chunks of queries.
+    """
+    found = []
+    for rows in torch.arange(len(queries)).split(256):
+        sim, same = queries[rows] @ gallery.T, own[rows, None] == gallery_own  # (256, M)
+        best = sim.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+        found.append(((sim >= best) & ~same).sum(1))
+    return torch.cat(found)
 
 
-def toy_extra(scores: dict[str, Accuracy], items: list[Item], features: Features) -> dict:
-    """R@1 among the full descriptions of all scenes, and the mean similarities of Fig. 8."""
-    groups = by_group(items)
-    image = torch.stack([features.images[i.image, i.box] for i in groups["object"]])
-    sim = image @ torch.stack([features.texts[i.positive] for i in groups["object"]]).T
-    positive, negative, texts = features.cosines([i for kind in KINDS for i in groups[kind]])
-    gap = (positive - negative).mean().item()
-    recalls = {"I2T R@1": recall_at_1(sim), "T2I R@1": recall_at_1(sim.T)}
-    return recalls | {"S(T,Tk) %": 100 * texts.mean().item(), "S(I,T)-S(I,Tk) %": 100 * gap}
+def retrieval_cells(items: list[Item], features: Features) -> dict[str, Cell]:
+    """Recall in % at 1, 5 and 10: of captions by a picture (I2T: any of its own counts), and of
+    the picture by each caption (T2I). A tie is behind all that tie."""
+    there = features.there(items)
+    image, text = features.rows(there)
+    pictures, owner = image.unique(return_inverse=True)
+    one, two = features.images[pictures], features.texts[text]
+    ways = {
+        "I2T": ranks(one, two, torch.arange(len(one)), owner),
+        "T2I": ranks(two, one, owner, torch.arange(len(one))),
+    }
+    all_there = len(there) == len(items)
+    return {
+        f"{way} R@{k}": Cell(
+            100 * (rank < k).float().mean().item() if all_there else NAN, len(there), len(items)
+        )
+        for way, rank in ways.items()
+        for k in (1, 5, 10)
+    }
 
 
-def sugarcrepe_extra(scores: dict[str, Accuracy], *_) -> dict:
-    """Unweighted means over subsets, as in Table 3 and 5, and over items (SugarCrepe's authors)."""
-    right, scored = sum(a.right for a in scores.values()), sum(a.scored for a in scores.values())
-    averages = sugarcrepe_averages({subset: a.percent for subset, a in scores.items()})
-    return averages | {"micro": 100 * right / max(1, scored)}
+def similarities(items: list[Item], features: Features) -> Tensor:
+    """(N, 2) of the items with one negative, whose picture is there: the similarity of the two
+    captions, and by how much the picture is closer to the true one (Fig. 8), as cosines."""
+    there = features.there(i for i in items if len(i.negatives) == 1)
+    positive, negative = features.cosines(there)
+    one = features.texts[features.rows(there)[1]]
+    two = features.texts[torch.tensor([features.text[i.negatives[0]] for i in there])]
+    return torch.stack([(one * two).sum(1), positive - negative], 1)
 
 
-def sugarcrepe_averages(percent: dict[str, float]) -> dict[str, float]:
-    groups = {name: [percent[s] for s in subsets] for name, subsets in SUGARCREPE.items()}
-    groups["macro"] = list(percent.values())
-    return {name: sum(values) / len(values) for name, values in groups.items()}
+def bootstrap(values: Tensor, resamples=50_000, confidence=0.99, seed=0) -> Tensor:
+    """(2, C): bounds of the mean of each column of values (N, C), by the percentiles of the means
+    of `resamples` draws of N rows with replacement (Sec. 4.5)."""
+    n, generator, means = len(values), torch.Generator().manual_seed(seed), []
+    columns = values.T.contiguous()
+    for start in tqdm(range(0, resamples, step := max(1, 2**22 // n)), "bootstrap", leave=False):
+        draws = torch.randint(n, (min(step, resamples - start), n), generator=generator)
+        means.append(torch.stack([column[draws].mean(1) for column in columns], 1))
+    tail = (1 - confidence) / 2
+    return torch.cat(means).quantile(torch.tensor([tail, 1 - tail]), 0)
 
 
-def print_table(title: str, rows: dict[str, dict]) -> None:
-    """A markdown table; its columns are those of the last row, numbers have one decimal."""
-    columns = list(list(rows.values())[-1])
-    lines = [["", *columns]]
-    for name, row in rows.items():
-        cells = (row.get(column, "") for column in columns)
-        lines.append([name, *(f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    table = "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-    print(f"\n{title}\n\n{table}")
+# ---- Zero-shot classification --------------------------------------------------------------------
+
+# ELEVATER's 20 test sets, and ImageNet: torchvision's class (-: a folder of pictures), metric
+_ZERO_SHOT = """
+imagenet-1k - accuracy; caltech-101 - mean_per_class; cifar-10 CIFAR10 accuracy;
+cifar-100 CIFAR100 accuracy; country211 Country211 accuracy; dtd DTD accuracy;
+eurosat_clip - accuracy; fer-2013 FER2013 accuracy; fgvc-aircraft FGVCAircraft mean_per_class;
+food-101 Food101 accuracy; gtsrb GTSRB accuracy; hateful-memes - roc_auc;
+kitti-distance - accuracy; mnist MNIST accuracy; oxford-flower-102 Flowers102 mean_per_class;
+oxford-iiit-pets OxfordIIITPet mean_per_class; patch-camelyon - accuracy;
+rendered-sst2 RenderedSST2 accuracy; resisc45_clip - accuracy; stanford-cars StanfordCars accuracy;
+voc-2007-classification VOCDetection map_11_point
+"""
+ZERO_SHOT = {name: rest for name, *rest in map(str.split, _ZERO_SHOT.split(";"))}
+# of these options those that a class of torchvision's takes
+TEST_SPLIT = {"split": "test", "train": False, "year": "2007", "image_set": "test"}
 
 
-# ---- Command line --------------------------------------------------------------------------------
+class ImageSet(NamedTuple):
+    base: Dataset  # of (picture, class number), or (picture, torchvision's VOC annotation)
+    classes: list[str]
+    templates: list[str]  # "a photo of a {}."
+    metric: Callable[[Tensor, Tensor], float]
+
+    def load(self, n: int) -> tuple[Image.Image, int | Tensor]:
+        picture, target = self.base[n]
+        if isinstance(target, dict):  # VOC's difficult objects count as absent
+            objects = target["annotation"]["object"]
+            names = {o["name"] for o in objects if o["difficult"] == "0"}
+            target = torch.tensor([name in names for name in self.classes])
+        return picture.convert("RGB"), target
+
+
+def image_set(root: Path, name: str, download: bool) -> ImageSet | str:
+    """The test set of zeroshot/NAME: pictures in test/CLASS/, else torchvision's own files, which
+    it can download; or a line that says what is absent.
+
+    Class names are the lines of classes.txt, templates those of templates.txt, else the data set's
+    own names (ImageNet's: open_clip's, in the order of its folders) and open_clip's 80 templates.
+    """
+    folder, (kind, metric) = root / "zeroshot" / name, ZERO_SHOT[name]
+    if (folder / "test").is_dir():
+        with reading(folder / "test", "a folder with a folder of pictures for each class"):
+            base = torchvision.datasets.ImageFolder(folder / "test")
+    elif kind == "-":
+        return f"{folder / 'test'} is absent: a folder of pictures for each class"
+    else:
+        base = getattr(torchvision.datasets, kind)
+        options, known = TEST_SPLIT | {"download": download}, inspect.signature(base).parameters
+        try:
+            base = base(folder, **{k: v for k, v in options.items() if k in known})
+        except Exception as e:
+            reason = str(e).splitlines()[0]
+            return f"torchvision finds no {kind} in {folder} (--download gets it): {reason}"
+
+    def lines(file: str, default: list[str]) -> list[str]:
+        path = folder / file
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else default
+
+    own = [" ".join(str(c).split("_")) for c in getattr(base, "classes", ())]
+    classes = lines("classes.txt", open_clip.IMAGENET_CLASSNAMES if name == "imagenet-1k" else own)
+    if not classes or own and len(own) != len(classes):
+        return f"{folder / 'classes.txt'} must name its {len(own) or ''} classes, a line each"
+    prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    return ImageSet(base, classes, lines("templates.txt", prompts), globals()[metric])
+
+
+@torch.inference_mode()
+def zero_shot(scorer: Scorer, name: str, images: ImageSet) -> dict[str, Cell]:
+    """{row: score in %}, of the softmax of 100 * cosine with a class's mean text [ELEVATER]."""
+    features, targets = scorer.images(images.load, len(images.base), name)
+    found = {}
+    for row, loaded in scorer.models.items():
+        text = SimpleNamespace(encode_text=lambda tokens, m=loaded, **_: scorer.text(m, tokens))
+        parts = loaded.tokenizer, images.classes, images.templates
+        weights = open_clip.build_zero_shot_classifier(text, *parts, device=scorer.device)
+        scores = (100 * features[row] @ weights.cpu()).softmax(1)
+        value = images.metric(scores, targets)
+        found[row] = Cell(100 * value, len(targets), len(targets))
+    return found
+
+
+# Metrics: scores (N, C) are a softmax over the classes, target (N,) class numbers; 0 to 1.
+
+
+def accuracy(scores: Tensor, target: Tensor) -> float:
+    return (scores.argmax(1) == target).double().mean().item()
+
+
+def mean_per_class(scores: Tensor, target: Tensor) -> float:
+    """Mean recall of the classes that occur in target; the others cannot be chosen."""
+    present, target = target.unique(return_inverse=True)
+    right = (scores[:, present].argmax(1) == target).double()
+    return torch.stack([right[target == c].mean() for c in range(len(present))]).mean().item()
+
+
+def map_11_point(scores: Tensor, target: Tensor) -> float:
+    """Mean over classes of the mean of the best precision at a recall of at least 0, .1, ... 1.
+
+    target (N, C) bool. Equal scores count as one threshold, and precision is 1 at recall 0, as in
+    scikit-learn, hence in ELEVATER.
+    """
+    found, levels = [], torch.linspace(0, 1, 11, dtype=torch.double) - 1e-9
+    for p, true in zip(scores.T, target.T):
+        if true.any():
+            p, order = p.sort(descending=True)
+            last = torch.cat([p[1:] != p[:-1], torch.tensor([True])])  # of its threshold
+            hits = true[order].cumsum(0)[last].double()
+            precision = torch.cat([torch.ones(1), hits / (last.nonzero().squeeze(1) + 1)])
+            recall = torch.cat([torch.zeros(1), hits / hits[-1]])
+            found.append(torch.stack([precision[recall >= r].max() for r in levels]).mean())
+    return torch.stack(found).mean().item()
+
+
+def roc_auc(scores: Tensor, target: Tensor) -> float:
+    """Share of (positive, negative) pairs in the right order, a tie is half; of two classes."""
+    positive, negative = scores[target == 1, 1], scores[target == 0, 1].sort().values
+    ranks = [torch.searchsorted(negative, positive, right=right) for right in (False, True)]
+    return (sum(ranks).double().mean() / 2 / len(negative)).item()
+
+
+# ---- The benchmarks, and the paper's rows --------------------------------------------------------
 
 
 class Benchmark(NamedTuple):
     title: str
+    items: Callable[[Files, argparse.Namespace], Iterable[Item]]
+    columns: Callable[[dict[str, Accuracy]], dict[str, Tree]] = lambda groups: {
+        g: g for g in groups
+    }
+    more: Callable[[list[Item], Features], dict[str, Cell]] = lambda *_: {}  # further columns
+    paper: str = ""  # rows of the paper: "ROW value value ..." in the order of the columns
+    get: str = ""  # what to download, where, how large
+    analysis: bool = False  # with the intervals of Fig. 8
+
+
+def pairs_columns(groups: dict) -> dict:
+    return {g: g for g in groups} | {"mean": list(groups)}
+
+
+def toy_cells(items: list[Item], features: Features) -> dict[str, Cell]:
+    """Retrieval among the full descriptions of all scenes, and the means of Fig. 8."""
+    recall = retrieval_cells([i for i in items if i.group == "object"], features)
+    means = similarities([i for i in items if i.group in KINDS], features).mean(0).tolist()
+    names = "S(T,Tk) %", "S(I,T)-S(I,Tk) %"
+    return {k: c for k, c in recall.items() if k.endswith("@1")} | {
+        name: Cell(100 * mean, len(items), len(items)) for name, mean in zip(names, means)
+    }
+
+
+VAL2017 = "http://images.cocodataset.org/zips/val2017.zip (0.8 GB) in coco/"
+VAL2014 = "http://images.cocodataset.org/zips/val2014.zip (6.3 GB) in coco/"
+SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
+BENCHMARKS = {
+    "aro": Benchmark(
+        "ARO (Table 1)",
+        aro_items,
+        aro_columns,
+        paper="CLIP 59.3 62.9, NegCLIP 80.2 70.5, CE-CLIP 83.0 76.4, CE-CLIP+ 83.6 77.1",
+        get="of https://github.com/mertyg/vision-language-models-are-bows: "
+        "visual_genome_{relation,attribution}.json and images/ (1 GB) in aro/",
+        analysis=True,
+    ),
+    "order": Benchmark(
+        "ARO: word order, the caption among four perturbations",
+        order_items,
+        get=f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, {VAL2014}; "
+        f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
+    ),
+    "valse": Benchmark(
+        "VALSE (Table 1)",
+        valse_items,
+        valse_columns,
+        paper="""CLIP 68.7 57.1 61.0 65.4 77.8 71.8 54.1 51.0 89.8,
+        NegCLIP 76.8 71.7 65.0 72.9 81.6 84.7 58.6 53.8 91.9,
+        CE-CLIP 78.6 77.7 64.4 74.4 81.2 88.6 54.7 54.8 93.7,
+        CE-CLIP+ 84.5 79.2 67.8 76.4 83.4 89.4 56.7 57.8 94.7""",
+        get="data/*.json of https://github.com/Heidelberg-NLP/VALSE in valse/; pictures: README",
+    ),
+    "vlc": Benchmark(
+        "VL-CheckList (Table 2)",
+        vlc_items,
+        vlc_columns,
+        paper="""CLIP 70.5 69.4 69.5 60.7 67 80.2 79.7 72.2 53.8,
+        NegCLIP 72.1 75.7 78.1 61.3 67.3 84.4 83.8 80.7 57.1,
+        CE-CLIP 75.6 72.7 79.7 65.3 69.8 84.8 84.5 78.5 65.0,
+        CE-CLIP+ 78.5 83.5 85.2 65.8 70.8 86.7 85.9 81.0 68.4""",
+        get="corpus/ and data/ of https://github.com/om-ai-lab/VL-CheckList in vl_checklist/; "
+        "pictures: README",
+    ),
+    "sugarcrepe": Benchmark(
+        "SugarCrepe (Table 3)",
+        sugarcrepe_items,
+        sugarcrepe_columns,
+        paper="""CLIP 90.9 80.0 69.2 61.4 64.0 77.2 68.2,
+        NegCLIP 92.7 85.9 76.5 75.2 75.4 88.8 82.8,
+        CE-CLIP 93.1 88.8 79.0 72.8 77.0 92.4 93.4, CE-CLIP+ 93.8 90.8 83.2 76.8 79.3 93.8 94.9""",
+        get="data/*.json of https://github.com/RAIVNLab/sugar-crepe (2 MB) in sugarcrepe/, "
+        + VAL2017,
+    ),
+    "coco": Benchmark(
+        "COCO retrieval, Karpathy's 5k test (Table 5: R@5)",
+        functools.partial(retrieval_items, source=KARPATHY["COCO"]),
+        more=retrieval_cells,
+        get=f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, {VAL2014}",
+    ),
+    "flickr30k": Benchmark(
+        "Flickr30k retrieval, 1k test",
+        functools.partial(retrieval_items, source=KARPATHY["Flickr30k"]),
+        more=retrieval_cells,
+        get=f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
+    ),
+}
+PAPER = ("CLIP", "CLIP-FT", "CE-CLIP", "CE-CLIP+")
+TABLE_5 = {  # task: benchmark, column, the paper's values
+    "ARO-R": ("aro", "Relation", 59.3, 61.7, 83.0, 83.6),
+    "ARO-A": ("aro", "Attribution", 62.9, 66.1, 76.4, 77.1),
+    "VALSE": ("valse", "Avg 11 files", 65.3, 71.8, 72.5, 76.7),
+    "VL-CheckList": ("vlc", "Avg", 69.2, 68.6, 75.1, 78.4),
+    "SugarCrepe": ("sugarcrepe", "macro", 73.1, 77.2, 85.2, 87.5),
+    "COCO T2I R@5": ("coco", "T2I R@5", 56.0, 66.2, 69.4, 72.3),
+    "COCO I2T R@5": ("coco", "I2T R@5", 75.0, 78.3, 74.3, 76.1),
+    "ImageNet": ("zeroshot", "imagenet-1k", NAN, NAN, NAN, NAN),
+    "ELEVATER": ("zeroshot", "ELEVATER", 56.4, 57.2, 53.2, 54.8),
+    "negatives": ("pairs", "mean", NAN, NAN, NAN, NAN),
+    "captions T2I R@5": ("captions", "T2I R@5", NAN, NAN, NAN, NAN),
+    "captions I2T R@5": ("captions", "I2T R@5", NAN, NAN, NAN, NAN),
+}
+COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe", "negatives")
+
+
+def paper_rows(key: str, b: Benchmark) -> dict[str, dict[str, float]]:
+    """The paper's printed columns, and the averages that follow from them: two it misprints."""
+    columns, rows = b.columns({}), {}
+    for name, *values in (row.split() for row in b.paper.split(",") if row.strip()):
+        printed = dict(zip(columns, map(float, values)))
+        leaf = {leaf: v for column, v in printed.items() for leaf in leaves(columns[column])}
+        means = {c: average(t, leaf) for c, t in columns.items() if not isinstance(t, tuple)}
+        rows[name] = means | printed
+    for benchmark, column, *values in TABLE_5.values():
+        for name, value in zip(PAPER, values) if benchmark == key and not b.paper else ():
+            if not math.isnan(value):
+                rows.setdefault(name, {})[column] = value
+    return {f"{name} (paper)": row for name, row in rows.items()}
+
+
+# ---- Reports -------------------------------------------------------------------------------------
+
+
+def markdown(rows: dict[str, dict[str, str | float | Cell]]) -> str:
+    """A table with the columns of all rows, numbers with one decimal."""
+
+    def text(value) -> str:
+        if isinstance(value, Cell):
+            value = "partial" if math.isnan(value.value) and value.scored else value.value
+        if isinstance(value, float):
+            value = "" if math.isnan(value) else f"{value:.1f}"
+        return str("" if value is None else value)
+
+    columns = list(dict.fromkeys(column for row in reversed(rows.values()) for column in row))
+    lines = [["", *columns]]
+    lines += [[name, *(text(row.get(column)) for column in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+class Scored(NamedTuple):
+    """One benchmark with all that was found."""
+
+    benchmark: Benchmark
     items: list[Item]
-    extra: Callable = lambda *_: {}  # (scores, items, features) -> further columns
-    reference: dict[str, dict] = {}  # rows of the paper
+    absent: list[str]  # files
+    cells: dict[str, dict[str, Cell]]  # row -> column
+    groups: dict[str, dict[str, Accuracy]]  # row -> group
+    fig_8: dict[str, Tensor]  # row -> (3, 2): mean, lower and upper bound of `similarities`
+
+    @property
+    def partial(self) -> bool:
+        cells = [c for row in self.cells.values() for c in row.values()]
+        return bool(self.absent) or any(c.scored < c.all for c in cells)
 
 
-def plan(args: argparse.Namespace) -> list[Benchmark]:
-    benchmarks = []
-    if args.data_root:
-        subsets = [subset for group in SUGARCREPE.values() for subset in group]
-        paper = {name: dict(zip(subsets, values)) for name, values in TABLE_3.items()}
-        paper = {name: row | sugarcrepe_averages(row) for name, row in paper.items()}
-        items = list(sugarcrepe_items(Path(args.data_root)))
-        benchmarks.append(Benchmark("SugarCrepe (Table 3)", items, sugarcrepe_extra, paper))
-    if args.pairs:
-        items = list(negatives_items(Path(args.pairs), Path(args.images)))
-        benchmarks.append(Benchmark(f"Negatives of {args.pairs}", items))
-    if not benchmarks:
-        root = Path("data", "toy")
-        if not (root / "captions_test.json").exists():
-            toy.make_world(root)
-        benchmarks.append(Benchmark("Toy world, unseen scenes", toy_items(root), toy_extra))
-    return benchmarks
+def score_benchmark(b: Benchmark, items, absent, features: dict[str, Features]) -> Scored:
+    cells, groups, fig_8 = {}, {}, {}
+    for row, f in features.items():
+        groups[row] = score(items, f)
+        columns = b.columns(groups[row])
+        cells[row] = {name: cell(tree, groups[row]) for name, tree in columns.items()}
+        cells[row] |= b.more(items, f)
+        if b.analysis and len(values := similarities(items, f)):
+            fig_8[row] = torch.cat([values.mean(0, keepdim=True), bootstrap(values)])
+    return Scored(b, items, absent, cells, groups, fig_8)
+
+
+def report(key: str, s: Scored) -> str:
+    """The paper's rows and one for each checkpoint, and how many items stand behind each number."""
+    last = list(s.cells.values())[-1]
+    counts = {column: f"{c.scored}/{c.all}" for column, c in last.items()}
+    mark = " - PARTIAL" if s.partial else ""
+    text = [f"## {s.benchmark.title}, %{mark}"]
+    text += [markdown(paper_rows(key, s.benchmark) | s.cells | {"scored/all": counts})]
+    if s.absent:
+        text.append(f"Absent: {', '.join(s.absent)}.")
+    unique, same = len(set(s.items)), sum(i.positive in i.negatives for i in s.items)
+    text.append(
+        f"{len(s.items)} items, {len(s.items) - unique} of them repeated; in {same} a negative is "
+        f"the caption itself. Ties, counted as wrong: "
+        + ", ".join(f"{row} {sum(a.ties for a in g.values())}" for row, g in s.groups.items())
+    )
+    if s.fig_8:
+        text.append("Representations (Fig. 8), cosines in % with 99 % bootstrap intervals:")
+        names = "similarity of caption and negative", "gap between them for the picture"
+        rows = {
+            row: {
+                name: "{:.2f} [{:.2f}, {:.2f}]".format(*(100 * v).tolist())
+                for name, v in zip(names, values.T)
+            }
+            for row, values in s.fig_8.items()
+        }
+        text.append(markdown(rows))
+    return "\n\n".join(text)
+
+
+def headline(results: dict[str, dict[str, dict[str, Cell]]], base: str | None) -> str:
+    """Table 5: what composition gained beside what retrieval and classification lost."""
+    rows = {}
+    for task, (benchmark, column, *paper) in TABLE_5.items():
+        rows[task] = {f"{n} (paper)": v for n, v in zip(PAPER, paper) if not math.isnan(v)}
+        for row in results.get(benchmark, ()):
+            cell, before = (results[benchmark].get(r, {}).get(column) for r in (row, base))
+            rows[task][row] = cell
+            if before and row != base and not math.isnan(cell.value + before.value):
+                rows[task][row] = f"{cell.value:.1f} ({cell.value - before.value:+.1f})"
+        if benchmark not in results:
+            del rows[task]
+    title = "## Gain and forgetting (Table 5)" + (f", difference to {base}" if base else "")
+    return f"{title}\n\n{markdown(rows)}" if rows else ""
+
+
+def decisions(scored: dict[str, Scored], features: dict[str, Features]) -> Iterator[dict]:
+    """One record for each scored item and model."""
+    for key, s in scored.items():
+        for row, f in features.items():
+            items = f.there(item for item in s.items if item.negatives)
+            for item, positive, negative in zip(items, *(x.tolist() for x in f.cosines(items))):
+                found = {"right": positive > negative, "cosines": [positive, negative]}
+                yield {"benchmark": key, "model": row, **item._asdict(), **found}
+
+
+def plain(x):
+    """As JSON has it: named tuples are objects, nan is null."""
+    x = x._asdict() if hasattr(x, "_asdict") else x
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    return None if isinstance(x, float) and math.isnan(x) else x
+
+
+def write_results(args, text: str, results: dict, scored: dict, features: dict) -> None:
+    """results.md, results.json, with --items items.jsonl; the same run writes the same bytes."""
+    packages = ("torch", "open_clip_torch", "spacy", "transformers")
+    files = [path for path in (args.base, *(args.ckpt or ())) if path and Path(path).is_file()]
+    content = {
+        "settings": {
+            k: v for k, v in vars(args).items() if k not in ("out", "examples", "figures")
+        },
+        "versions": {name: version(name) for name in packages},
+        "sha256": {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files},
+        "cells": plain(results),
+        "groups": {key: plain(s.groups) for key, s in scored.items()},
+        "absent": {key: s.absent for key, s in scored.items()},
+    }
+    save_text(args.out / "results.json", json.dumps(content, indent=1) + "\n")
+    save_text(args.out / "results.md", text)
+    if args.items:
+        lines = (json.dumps(d) + "\n" for d in decisions(scored, features))
+        save_text(args.out / "items.jsonl", "".join(lines))
+
+
+def save_text(path: Path, text: str) -> None:
+    with negatives.writing(path):
+        (part := Path(f"{path}.part")).write_text(text, encoding="utf-8")
+        os.replace(part, path)
+
+
+def write_examples(folder: Path, key: str, s: Scored, features: dict[str, Features]) -> None:
+    """A sheet in the manner of Fig. 9 and 10: twelve items, where the models differ first."""
+    items = next(iter(features.values())).there(i for i in s.items if i.negatives)
+    if not items:
+        return
+    chose = {row: [p > n for p, n in zip(*f.cosines(items))] for row, f in features.items()}
+    rng, entries = random.Random(0), []
+    order = rng.sample(range(len(items)), len(items))
+    right = {i: sum(bool(votes[i]) for votes in chose.values()) for i in order}
+    for i in sorted(order, key=lambda i: (right[i] in (0, len(chose)), right[i] > 0))[:12]:
+        item = items[i]
+        lines = [(item.positive, toy.GREEN), (item.negatives[0], toy.RED)]
+        lines += [
+            (f"{row}: {'the true one' if votes[i] else 'the false one'}", "gray")
+            for row, votes in chose.items()
+        ]
+        entries.append((load_image(item.image, Image.Image.copy, item.box), lines))
+    toy.sheet(entries).save(folder / f"{key}.png")
+
+
+def write_figures(args, scored: dict[str, Scored], gain: dict) -> None:
+    """Fig. 5b and 5d (thresholds and losses of each run), Fig. 8, and what WiSE-FT trades."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise BadInput("--figures needs matplotlib: pip install matplotlib") from e
+
+    def save(name, curves=(), bars=None, **texts):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for label, x, y in curves:
+            axes.plot(x, y, label=label, marker="o" if len(x) < 20 else None)
+            axes.legend()
+        if bars:
+            axes.bar(*bars[:2], yerr=bars[2], ecolor="red")
+            axes.tick_params(axis="x", labelrotation=20)
+        axes.set(**texts)
+        figure.savefig(args.figures / f"{name}.png", dpi=120)
+
+    for log in (Path(ckpt).parent / "log.jsonl" for ckpt in args.ckpt or ()):
+        if log.exists():
+            with reading(log, "a log of ce_clip.py"):
+                steps = [json.loads(line) for line in log.read_text().splitlines()]
+                at = [s["step"] for s in steps]
+            names = {
+                "thresholds": [f"threshold_{k}" for k in KINDS],
+                "losses": ["itc", "imc", "cmr"],
+            }
+            for what, keys in names.items():
+                curves = [(k, at, [s[k] for s in steps]) for k in keys if k in steps[0]]
+                save(f"fig5-{log.parent.name}-{what}", curves, title=what, xlabel="step")
+    titles = {"similarity": "S(T, T_hn)", "gap": "S(I, T) - S(I, T_hn)"}
+    for key, s in scored.items():
+        for column, (name, title) in enumerate(titles.items() if s.fig_8 else ()):
+            mean, low, high = torch.stack(list(s.fig_8.values()))[:, :, column].T
+            error = torch.stack([mean - low, high - mean]).clamp(min=0).tolist()
+            save(f"fig8-{key}-{name}", bars=(list(s.fig_8), mean.tolist(), error), title=title)
+    if args.wise:
+        curves = [
+            (ckpt, *zip(*(gain[row] for row in gain if row.startswith(f"{ckpt}, WiSE"))))
+            for ckpt in args.ckpt
+        ]
+        axes = {"xlabel": "standard tasks, mean %", "ylabel": "compositional tasks, mean %"}
+        save("wise", curves, title=f"WiSE-FT, alpha {args.wise}", **axes)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+TOY_RUNS = {  # row of the table: run of ce_clip.py
+    "pre-trained": "toy-pretrained",
+    "CLIP-FT (Eq. 1)": "toy-itc",
+    "NegCLIP's loss (Eq. 2)": "toy-itc-hn",
+    "CE-CLIP (Eq. 8)": "toy",
+}
 
 
 def toy_checkpoints() -> dict[str, str]:
@@ -278,53 +1054,197 @@ def toy_checkpoints() -> dict[str, str]:
     return found
 
 
-def report(b: Benchmark, features: dict[str, Features]) -> None:
-    """One table: the paper's rows, a row for each checkpoint, and how many items were scored."""
-    rows, ties = dict(b.reference), []
-    for name, f in features.items():
-        scores = score(b.items, f)
-        rows[name] = {group: a.percent for group, a in scores.items()}
-        rows[name] |= b.extra(scores, [i for i in b.items if (i.image, i.box) in f.images], f)
-        ties.append(f"{name} {sum(a.ties for a in scores.values())}")
-    missing = sum(a.missing for a in scores.values())
-    counts = {group: f"{a.scored}/{a.scored + a.missing}" for group, a in scores.items()}
-    rows["scored/all"] = dict.fromkeys(rows[name], "") | counts
-    partial = f" - PARTIAL: {missing} of {len(b.items)} items have no picture" if missing else ""
-    print_table(f"{b.title}: pair accuracy in %{partial}", rows)
-    print(f"\nTies, counted as wrong: {', '.join(ties)}")
+def interpolate(base: Loaded, tuned: Loaded, alpha: float) -> Loaded:
+    """WiSE-FT (arXiv 2109.01903): weights (1 - alpha) * base + alpha * tuned."""
+    one, two = base.model.state_dict(), tuned.model.state_dict()
+    if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}:
+        raise BadInput(f"--wise: the base is a {base.name}, the checkpoint a {tuned.name}")
+    model = copy.deepcopy(tuned.model)
+    mixed = {
+        k: torch.lerp(one[k], v, alpha) if v.is_floating_point() else v for k, v in two.items()
+    }
+    model.load_state_dict(mixed)
+    return tuned._replace(model=model)
+
+
+def load_models(args: argparse.Namespace) -> dict[str, Loaded]:
+    """{row: model}: the base, the checkpoints, and with --wise what lies between."""
+    paths = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
+    base = {args.base: load_model(args.base, args.model)} if args.base else {}
+    models = dict(base)
+    for row, path in paths.items():
+        tuned = base[path] if path in base else load_model(path, args.model)
+        for alpha in args.wise or ():
+            models[f"{row}, WiSE {alpha:g}"] = interpolate(base[args.base], tuned, alpha)
+        if not args.wise:
+            models[row] = tuned
+    return models
+
+
+def plan(args: argparse.Namespace) -> dict[str, tuple[Benchmark, list[Item], list[str]]]:
+    """{key: (benchmark, items, absent files)} of all that is asked for."""
+    asked = {key: BENCHMARKS[key] for key in args.bench if key in BENCHMARKS}
+    if args.pairs:
+        title = f"Negatives of {args.pairs}"
+        asked["pairs"] = Benchmark(title, negatives_items, pairs_columns, analysis=True)
+    if args.captions:
+        items = functools.partial(retrieval_items, source=(args.captions, args.images))
+        title = f"Retrieval, {args.captions}"
+        asked["captions"] = Benchmark(title, items, more=retrieval_cells)
+    if not (args.bench or asked):
+        asked["toy"] = Benchmark("Toy world, unseen scenes", toy_items, more=toy_cells)
+    planned = {}
+    for key, benchmark in asked.items():
+        own = key in BENCHMARKS
+        files = Files(Path(args.data_root if own else ""))
+        planned[key] = benchmark, list(benchmark.items(files, args)), files.absent
+    return planned
+
+
+def plan_zero_shot(args: argparse.Namespace) -> tuple[dict[str, ImageSet], list[str]]:
+    """(the sets that are there, a line for each that is not)."""
+    names = [name for name in ZERO_SHOT if {"zeroshot", name} & {*args.bench}]
+    found = {name: image_set(Path(args.data_root), name, args.download) for name in names}
+    absent = [
+        f"zero-shot {name} is not scored: {s}" for name, s in found.items() if isinstance(s, str)
+    ]
+    if absent and len(absent) == len(ZERO_SHOT):
+        absent = [f"zero-shot: none of the sets is in {args.data_root}/zeroshot: see README"]
+    return {name: s for name, s in found.items() if isinstance(s, ImageSet)}, absent
+
+
+def score_zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, Cell]]:
+    """{row: {set: score}}, and their mean over ELEVATER's 20 if all are there."""
+    rows = defaultdict(dict)
+    for name, images in sets.items():
+        for row, value in zero_shot(scorer, name, images).items():
+            rows[row][name] = value
+    elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
+    for cells in rows.values():
+        value = average(elevater, {name: c.value for name, c in cells.items()})
+        cells["ELEVATER"] = Cell(value, len({*elevater} & {*cells}), len(elevater))
+    return dict(rows)
+
+
+def gains(results: dict[str, dict[str, dict[str, Cell]]]) -> dict[str, tuple[float, float]]:
+    """{row: (mean of its standard, of its compositional tasks of TABLE_5)}, of the whole ones."""
+    found = defaultdict(lambda: ([], []))
+    for task, (benchmark, column, *_) in TABLE_5.items():
+        for row, cells in results.get(benchmark, {}).items():
+            if column in cells and not math.isnan(cells[column].value):
+                found[row][task in COMPOSITIONAL].append(cells[column].value)
+    return {row: tuple(sum(v) / len(v) if v else NAN for v in both) for row, both in found.items()}
+
+
+def parse_args() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = p.add_argument_group("models").add_argument
+    add("--ckpt", nargs="+", help="checkpoints of ce_clip.py or others, or open_clip tags (openai)")
+    add("--model", help="open_clip model of tags and bare weights [ViT-B-32-quickgelu]")
+    add("--base", help="checkpoint or tag before fine-tuning: differences to it are shown")
+    add("--wise", nargs="+", type=float, metavar="ALPHA", help="WiSE-FT: (1 - a) base + a ckpt")
+    add = p.add_argument_group("benchmarks").add_argument
+    names = [*BENCHMARKS, "zeroshot"]
+    add("--data-root", help="folder of the benchmarks: see README")
+    add(
+        "--bench",
+        nargs="+",
+        choices=names + list(ZERO_SHOT),
+        metavar="NAME",
+        help=f"of {names} [all]",
+    )
+    add("--pairs", help="score the kinds of a .jsonl of negatives.py")
+    add("--captions", help="retrieval on a COCO or Karpathy captions file")
+    add("--images", help="picture folder of --pairs or --captions")
+    add(
+        "--vlc-rows",
+        type=int,
+        default=1000,
+        help="first rows of a VL-CheckList file, 0: all [paper]",
+    )
+    add("--download", action="store_true", help="let torchvision fetch zero-shot test sets")
+    add("--strict", action="store_true", help="fail if a benchmark is absent or partial")
+    add = p.add_argument_group("running").add_argument
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--batch-size", type=int, default=64, help="pictures; four times as many texts")
+    add("--workers", type=int, default=0, help="loader processes")
+    add = p.add_argument_group("output").add_argument
+    add("--out", type=Path, help="folder for results.json and results.md")
+    add("--items", action="store_true", help="items.jsonl in --out: each single decision")
+    add(
+        "--examples",
+        type=Path,
+        help="folder for sheets of pictures and what was chosen (Fig. 9, 10)",
+    )
+    add("--figures", type=Path, help="folder for Fig. 5 and 8 and WiSE-FT, by matplotlib")
+    args = p.parse_args()
+    if bool(args.pairs or args.captions) != bool(args.images):
+        p.error("--pairs or --captions go together with --images")
+    if (args.pairs or args.captions or args.data_root or args.base) and not args.ckpt:
+        p.error("--data-root, --pairs, --captions and --base need --ckpt")
+    if args.wise and not args.base:
+        p.error("--wise needs --base: between what and the checkpoint?")
+    if args.bench and not args.data_root:
+        p.error("--bench needs --data-root")
+    if args.items and not args.out:
+        p.error("--items needs --out")
+    args.bench = args.bench or (names if args.data_root else [])
+    return args
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument(
-        "--ckpt", nargs="+", help="checkpoints of ce_clip.py, or open_clip tags (openai)"
-    )
-    p.add_argument("--model", help="open_clip model of tags and bare weights [ViT-B-32-quickgelu]")
-    p.add_argument("--data-root", help="score SugarCrepe: sugarcrepe/*.json and coco/val2017/ here")
-    p.add_argument("--pairs", help="score a .jsonl of negatives.py")
-    p.add_argument("--images", help="picture folder of --pairs")
-    p.add_argument("--batch-size", type=int, default=64)
-    p.add_argument("--workers", type=int, default=0, help="loader processes")
-    args = p.parse_args()
-    if bool(args.pairs) != bool(args.images):
-        p.error("--pairs and --images go together")
-    if (args.pairs or args.data_root) and not args.ckpt:
-        p.error("--data-root and --pairs need --ckpt")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoints = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
-    benchmarks = plan(args)
-    items = [item for b in benchmarks for item in b.items]
-    there = {image: Path(image).exists() for image in dict.fromkeys(item.image for item in items)}
-    present = [item for item in items if there[item.image]]
-    if not present:
-        raise BadInput(f"none of the {len(there)} pictures is there: {next(iter(there))} ...")
-    features = {}
-    for name, path in checkpoints.items():
-        loaded = load_model(path, args.model)
-        features[name] = encode(loaded, present, device, args.batch_size, args.workers)
-    for benchmark in benchmarks:
-        report(benchmark, features)
+    args = parse_args()
+    for folder in filter(None, (args.out, args.examples, args.figures)):
+        with negatives.writing(folder / "x"):
+            pass
+    planned = plan(args)
+    (sets, absent_sets), notes = plan_zero_shot(args), []
+    paths = dict.fromkeys(item.image for _, items, _ in planned.values() for item in items)
+    there = {path for path in paths if Path(path).exists()}
+    for key, (b, items, absent) in list(planned.items()):
+        if not any(item.image in there for item in items):
+            first = absent or [items[0].image if items else "its files"]
+            what = (
+                f"{first[0]} and {len(first) - 1} more are" if len(first) > 1 else f"{first[0]} is"
+            )
+            get = f". Get {b.get}" if b.get else ""
+            notes.append(f"{b.title} is not scored: {what} absent{get}")
+            del planned[key]
+    notes += absent_sets
+    if not planned and not sets:
+        raise BadInput("; ".join(notes))
+    if args.strict and notes:
+        raise BadInput(notes[0])
+    scorer = Scorer(load_models(args), args)
+    items = [i for _, items, _ in planned.values() for i in items if i.image in there]
+    features = scorer.encode(items) if items else {}
+    scored = {
+        key: score_benchmark(b, items, absent, features)
+        for key, (b, items, absent) in planned.items()
+    }
+    results = {key: s.cells for key, s in scored.items()}
+    text = [report(key, s) for key, s in scored.items()]
+    if sets:
+        results["zeroshot"] = score_zero_shot(scorer, sets)
+        metrics = {name: ZERO_SHOT[name][1] for name in sets}
+        text.append(
+            "## Zero-shot classification, %\n\n"
+            + markdown({"metric": metrics} | results["zeroshot"])
+        )
+    text.append(headline(results, args.base))
+    text.append("\n".join(notes))
+    text = "\n\n".join(filter(None, text)) + "\n"
+    print(text)
+    if args.out:
+        write_results(args, text, results, scored, features)
+    for key, s in scored.items():
+        if args.examples:
+            write_examples(args.examples, key, s, features)
+    if args.figures:
+        write_figures(args, scored, gains(results))
+    if args.strict and (partial := [s.benchmark.title for s in scored.values() if s.partial]):
+        raise BadInput(f"partial, for pictures or files are absent: {', '.join(partial)}")
 
 
 if __name__ == "__main__":

@@ -372,23 +372,21 @@ def tokenize(texts: str | list[str]) -> Tensor:
 # ---- A sheet to look at --------------------------------------------------------------------------
 
 
+GREEN, RED = "#0a7d28", "#b3261e"  # of true and of false captions
+
+
 def sheet(
-    records: list[dict], images: Path, kinds: tuple[str, ...], columns: int = 2
+    entries: list[tuple[Image.Image, list[tuple[str, str]]]], columns: int = 2
 ) -> Image.Image:
-    """Pictures beside their captions (green) and negatives (red; grey where one is missing)."""
+    """Pictures, each beside its lines of (text, colour)."""
     width, height, font = 470, 140, ImageFont.load_default(size=15)
-    page = Image.new("RGB", (columns * width, -(-len(records) // columns) * height), "white")
+    page = Image.new("RGB", (columns * width, -(-len(entries) // columns) * height), "white")
     draw = ImageDraw.Draw(page)
-    for i, record in enumerate(records):
+    for i, (picture, lines) in enumerate(entries):
         x, y = i % columns * width + 6, i // columns * height + 6
-        with Image.open(images / record["image"]) as picture:
-            page.paste(picture.resize((128, 128)), (x, y))
-        draw.text((x + 138, y + 4), record["caption"], "#0a7d28", font)
-        for line, kind in enumerate(kinds, 1):
-            text = f"{kind}: {record[kind] or 'none'}"
-            draw.text(
-                (x + 138, y + 4 + 25 * line), text, "#b3261e" if record[kind] else "gray", font
-            )
+        page.paste(picture.convert("RGB").resize((128, 128)), (x, y))
+        for line, (text, color) in enumerate(lines):
+            draw.text((x + 138, y + 4 + 25 * line), text, color, font)
     return page
 
 
@@ -404,7 +402,12 @@ def main() -> None:
     kinds = ("relation", "attribute", "action", "object")
     records = (json.loads(line) for line in lines[:: 5 * CAPTIONS_PER_SCENE])
     records = [record for record in records if record["relation"]][:8]
-    sheet(records, args.data / "images", kinds).save(args.out)
+    entries = []
+    for r in records:
+        lines = [(f"{k}: {r[k] or 'none'}", RED if r[k] else "gray") for k in kinds]
+        with Image.open(args.data / "images" / r["image"]) as picture:
+            entries.append((picture.convert("RGB"), [(r["caption"], GREEN), *lines]))
+    sheet(entries).save(args.out)
 
 
 if __name__ == "__main__":

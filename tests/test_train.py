@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -138,6 +139,19 @@ def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
     found = ce_clip.load_model(str(tmp_path / "x.pt"), str(world / "tiny.json")).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert "activation" not in capsys.readouterr().err
+
+
+def test_numbers_of_numpy_in_a_checkpoint_load(world, tmp_path):
+    """The schedulers of NegCLIP and CE-CLIP left the learning rate as a numpy.float64."""
+    expected = tiny_model(world).model.state_dict()
+    saved = {"epoch": 5, "name": "x", "state_dict": {f"module.{k}": v for k, v in expected.items()}}
+    torch.save(
+        saved | {"optimizer": {"param_groups": [{"lr": np.float64(1e-6)}]}}, tmp_path / "x.pt"
+    )
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    found = ce_clip.load_model(str(tmp_path / "x.pt"), str(world / "tiny.json")).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_weights_that_do_not_say_their_activation_get_a_warning(world, tmp_path, capsys):
