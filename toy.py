@@ -379,7 +379,9 @@ def sheet(
     entries: list[tuple[Image.Image, list[tuple[str, str]]]], columns: int = 2
 ) -> Image.Image:
     """Pictures, each beside its lines of (text, colour)."""
-    width, height, font = 470, 140, ImageFont.load_default(size=15)
+    font = ImageFont.load_default(size=15)
+    width = 150 + max(int(font.getlength(text)) for _, lines in entries for text, _ in lines)
+    height = max(140, 16 + 25 * max(len(lines) for _, lines in entries))
     page = Image.new("RGB", (columns * width, -(-len(entries) // columns) * height), "white")
     draw = ImageDraw.Draw(page)
     for i, (picture, lines) in enumerate(entries):

@@ -484,7 +484,7 @@ def test_examples_are_pictures_where_models_differ_first(here, monkeypatch, caps
     options = ["--ckpt", "tiny/epoch_1.pt", "other/epoch_1.pt", "--data-root", "data"]
     run(monkeypatch, capsys, *options, "--bench", "sugarcrepe", "--examples", "sheets")
     with Image.open("sheets/sugarcrepe.png") as sheet:
-        assert sheet.size == (2 * 470, 6 * 140)
+        assert sheet.height == 6 * 140
         colors = {color for _, color in sheet.convert("RGB").getcolors(1 << 20)}
     assert {(0x0A, 0x7D, 0x28), (0xB3, 0x26, 0x1E)} <= colors
 

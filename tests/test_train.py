@@ -740,9 +740,11 @@ def test_fixed_threshold_and_several_losses(world, tmp_path):
             ["--data", "{}/negatives.jsonl", "--images", "{}"],
             "24 captions do not fill one batch of 256",
         ),
+        (["--data", "{}/empty.jsonl", "--images", "{}"], "0 captions do not fill one batch"),
     ],
 )
 def test_mistakes_are_one_line(world, tmp_path, monkeypatch, options, message):
+    (world / "empty.jsonl").touch()
     options = [option.format(world) for option in options]
     options += ["--out", str(tmp_path / "x"), "--pretrained", "none", "--workers", "0"]
     monkeypatch.setattr(sys, "argv", ["ce_clip.py", *options])
