@@ -476,25 +476,27 @@ class MaskedLMFiller:
         self.word_ids = torch.tensor(list(self.words), device=self.device)
 
     def _keep_masked(self, _module, _inputs, output):
-        output["last_hidden_state"] = output["last_hidden_state"][self.kept][:, None]
+        output["last_hidden_state"] = output["last_hidden_state"][self.is_mask][:, None]
         return output
 
     def __call__(self, requests: list[Masked]) -> list[list[str]]:
-        out = [[] for _ in requests]
-        order = sorted(range(len(out)), key=lambda i: len(requests[i].words))
+        if not requests:
+            return []
+        mask, out = self.tokenizer.mask_token_id, [[] for _ in requests]
+        texts = [text_of(r.filled(self.tokenizer.mask_token).words) for r in requests]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        # by length; a caption that holds the mask's own text, or lost it by truncation, has no fill
+        once = [i for i, row in enumerate(ids) if row.count(mask) == 1]
+        order = sorted(once, key=lambda i: len(ids[i]))
         for start in range(0, len(order), MASKS):
             rows = order[start : start + MASKS]
-            texts = [text_of(requests[i].filled(self.tokenizer.mask_token).words) for i in rows]
-            options = {"truncation": True, "max_length": self.max_length, "padding": True}
-            inputs = self.tokenizer(texts, return_tensors="pt", **options).to(self.device)
-            is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id  # (rows, tokens)
-            # a caption that holds the mask's own text, or lost it by truncation, has no fill
-            alone = is_mask.sum(1) == 1
-            self.kept = is_mask & alone[:, None]
+            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
+            inputs = inputs.to(self.device)
+            self.is_mask = inputs["input_ids"] == mask
             with torch.inference_mode():
-                logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (alone, words)
+                logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (rows, words)
                 best = self.word_ids[logits.topk(min(PROPOSALS, len(self.words))).indices]
-            for i, row in zip(itertools.compress(rows, alone.tolist()), best.tolist()):
+            for i, row in zip(rows, best.tolist()):
                 out[i] = [self.words[j] for j in row]
         return out
 
@@ -504,7 +506,7 @@ class MaskedLMFiller:
 
 def make_negatives(
     captions: list[dict], filler: Callable, tagger: Tagger, top_k=10, seed=0
-) -> list:
+) -> list[dict]:
     """One record a caption, with its four kinds; `captions` must hold whole pictures.
 
     A fill is drawn from the best `top_k` of the filler's candidates that are acceptable. Every
@@ -520,16 +522,15 @@ def make_negatives(
     records, requests = [], []
     for caption, words in zip(captions, tagged):
         rng = random.Random(f"{seed}/{caption['id']}")
-        record = caption | dict.fromkeys(KINDS) | {"missing": {}}
+        text, why = relation(words, siblings[caption["image"]], rng)
+        missing = {"relation": why} if why else {}
+        record = caption | dict.fromkeys(KINDS) | {"relation": text, "missing": missing}
         records.append(record)
-        record["relation"], why = relation(words, siblings[caption["image"]], rng)
-        if why:
-            record["missing"]["relation"] = why
         for kind, pos in MASKED_POS.items():
             if masked := mask(words, kind, rng):
                 requests.append((record, kind, masked, rng))
             else:
-                record["missing"][kind] = f"no {NAMES[pos]} to mask"
+                missing[kind] = f"no {NAMES[pos]} to mask"
 
     drawn = []
     candidates = filler([masked for _, _, masked, _ in requests])
@@ -615,8 +616,8 @@ def generate(
     first, last = (len(sizes) * i // total for i in (number - 1, number))
     rules = hashlib.sha256(f"{_SAME}{_CONTRAST}{_WEAK}{_BOTH_WAYS}{_GLUE}".encode()).hexdigest()
     settings = {"captions sha256": digest, "filler": filler, "top_k": top_k, "seed": seed}
-    settings |= {"mlm": mlm if filler == "mlm" else None, "tagger": tagger.name}
-    settings["word lists"] = rules[:8]
+    settings |= {"mlm": mlm if filler == "mlm" else None}
+    settings |= {"tagger": tagger.name, "word lists": rules[:8]}
     with writing(part, "what is done is kept, the same command goes on"), open_locked(part) as file:
         done = go_on(file, settings, sizes[first:last], overwrite)
         propose = MaskedLMFiller(mlm) if filler == "mlm" else NgramFiller()
@@ -647,8 +648,7 @@ def writing(path: Path, hint: str = "choose another place"):
 
 
 def open_locked(path: Path) -> BinaryIO:
-    """Open a file to append to, for one process at a time: the same command started twice would
-    mix its lines. Raises BadInput."""
+    """Open a file to append to; raises BadInput where another process does, and would mix lines."""
     file = path.open("ab+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
