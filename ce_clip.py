@@ -464,8 +464,7 @@ def prepare(name: str, root: Path) -> tuple[Path, Path]:
         if not path.exists():
             raise BadInput(f"--data {name} needs {path}: {source.get} in {root / name}")
     if not out.exists():  # the same for all processes: none writes it before all have come
-        share = rank() + 1, world_size()
-        negatives.generate(captions, out, source.filler, shard=share, together=world_size() > 1)
+        negatives.generate(captions, out, source.filler)
     barrier()
     return out, images
 

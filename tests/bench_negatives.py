@@ -62,7 +62,7 @@ def main() -> None:
     tagged, rng = negatives.Tagger().words(captions), random.Random(0)
     found = (negatives.mask(words, kind, rng) for words in tagged for kind in negatives.MASKED_POS)
     requests = [masked for masked in found if masked][: args.masks]
-    texts = [negatives.replace(words, {(i, i + 1): "<mask>"}) for words, i in requests]
+    texts = [negatives.text_of(masked.filled("<mask>").words) for masked in requests]
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, captions)
         device = "cuda" if torch.cuda.is_available() else "cpu"

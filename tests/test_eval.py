@@ -174,7 +174,7 @@ def test_pre_caption():
 
 def test_perturbations_of_aros_order_tasks():
     captions = ["A black cat sits on the old brown sofa near big windows", "Cats"]
-    tagged = negatives.Tagger().words(captions)
+    tagged = list(negatives.Tagger().words(captions))
     nouns, others, within, whole = eval_bench.perturbations(tagged[0])
     words = eval_bench.pre_caption(captions[0]).split()
     places = {w: i for i, w in enumerate(words)}
