@@ -778,11 +778,12 @@ def test_named_data_are_a_union(world, tmp_path, monkeypatch):
     assert (tmp_path / "vg" / "negatives.jsonl").exists()
 
 
-def test_a_batch_that_does_not_split_is_refused(world):
-    options = ["--data", world / "negatives.jsonl", "--images", world, "--batch-size", 7]
-    done = run(*options, processes=2)
-    assert done.returncode != 0
-    assert "--batch-size 7 does not split over 2 processes" in done.stderr
+def test_a_batch_that_does_not_split_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(ce_clip, "world_size", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["ce_clip.py", "--batch-size", "7"])
+    with pytest.raises(SystemExit):
+        ce_clip.main()
+    assert "--batch-size 7 does not split over 2 processes" in capsys.readouterr().err
 
 
 def test_a_broken_picture_is_named(world, tmp_path):
