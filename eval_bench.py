@@ -38,18 +38,8 @@ from tqdm import tqdm
 
 import negatives
 import toy
-from ce_clip import (
-    KINDS,
-    BadInput,
-    Loaded,
-    Negatives,
-    encode_text,
-    load_image,
-    load_model,
-    read_json,
-    reading,
-    run,
-)
+from ce_clip import KINDS, BadInput, Loaded, Negatives, encode_text, load_image, load_model
+from negatives import read_json, reading, run, writing
 
 NAN = float("nan")
 
@@ -63,6 +53,14 @@ class Item(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
 
+    @property
+    def key(self) -> tuple:
+        return self.image, self.box
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.positive, *self.negatives
+
 
 class Files:
     """A data folder that remembers which of the files asked for are absent."""
@@ -73,23 +71,28 @@ class Files:
     def __truediv__(self, name: str) -> str:
         return str(self.root / name)
 
-    def items(self, name: str, build: Callable[[str | int, dict], Item | None]) -> Iterator[Item]:
-        """build(key, entry) of every entry of a JSON list or object that it does not answer with
-        None. Raises BadInput, which names the entry."""
-        path = self.root / name
-        if not path.exists():
-            self.absent.append(name)
-            return
-        content = read_json(path)
-        with reading(path, "a JSON list or object of items"):
-            entries = list(content.items() if isinstance(content, dict) else enumerate(content))
-        for key, entry in entries:
-            with reading(f"{path}, item {key},", "an item of this benchmark"):
-                item = build(key, entry)
-                if item and not all(isinstance(t, str) for t in (item.positive, *item.negatives)):
-                    raise TypeError("a caption that is not text")
-            if item:
-                yield item
+    def find(self, name: str) -> Path | None:
+        if (path := self.root / name).exists():
+            return path
+        self.absent.append(name)
+
+    def items(self, names: dict[str, str], build: Callable, rows: int = 0) -> Iterator[Item]:
+        """build(group, entry) of the entries of each {group: JSON list or object}, or of its first
+        `rows`. None leaves an entry out; images are below the root. Raises BadInput, which names
+        file and entry."""
+        for group, name in names.items():
+            if not (path := self.find(name)):
+                continue
+            content = read_json(path)
+            with reading(path, "a JSON list or object of items"):
+                entries = list(content.items() if isinstance(content, dict) else enumerate(content))
+            for key, entry in entries[: rows or None]:
+                with reading(f"{path}, item {key},", "an item of this benchmark"):
+                    item = build(group, entry)
+                    if item and not all(isinstance(text, str) for text in item.texts):
+                        raise TypeError("a caption that is not text")
+                if item:
+                    yield item._replace(image=self / item.image)
 
 
 # ---- Benchmarks: each yields its items, whether or not the picture is there ----------------------
@@ -97,15 +100,15 @@ class Files:
 
 def aro_items(files: Files, _) -> Iterator[Item]:
     """ARO Relation and Attribution (arXiv 2210.01936), cropped to the box of the two objects."""
-    for task in ("relation", "attribution"):
 
-        def build(_, e, task=task):
-            x, y, w, h = (e[f"bbox_{side}"] for side in "xywh")
-            name = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
-            image, box = files / f"aro/images/{e['image_path']}", (x, y, x + w, y + h)
-            return Item(f"{task}/{name}", image, box, e["true_caption"], (e["false_caption"],))
+    def item(task, e):
+        x, y, w, h = (e[f"bbox_{side}"] for side in "xywh")
+        name = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
+        image, box = f"aro/images/{e['image_path']}", (x, y, x + w, y + h)
+        return Item(f"{task}/{name}", image, box, e["true_caption"], (e["false_caption"],))
 
-        yield from files.items(f"aro/visual_genome_{task}.json", build)
+    tasks = "relation", "attribution"
+    return files.items({task: f"aro/visual_genome_{task}.json" for task in tasks}, item)
 
 
 # 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one.
@@ -160,75 +163,65 @@ VALSE_FOLDERS = {  # by the start of a picture's name; all others are SWiG's
     "COCO_val2014": "coco/val2014",
     "VisualDialog": "visdial/VisualDialog_val2018",
     "0": "coco/val2017",
+    "": "swig",
 }
 
 
 def valse_items(files: Files, _) -> Iterator[Item]:
     """VALSE (arXiv 2112.07566): items whose caption at least 2 of 3 annotators found right."""
 
-    def build(_, e, name):
+    def item(name, e):
         if e["mturk"]["caption"] >= 2:
-            start = next((s for s in VALSE_FOLDERS if e["image_file"].startswith(s)), "")
-            image = files / f"{VALSE_FOLDERS.get(start, 'swig')}/{e['image_file']}"
-            return Item(name, image, None, e["caption"], (e["foil"],))
+            image = e["image_file"]
+            folder = next(f for start, f in VALSE_FOLDERS.items() if image.startswith(start))
+            return Item(name, f"{folder}/{image}", None, e["caption"], (e["foil"],))
 
-    for name in leaves(list(VALSE.values())):
-        yield from files.items(f"valse/{name}.json", functools.partial(build, name=name))
+    return files.items({name: f"valse/{name}.json" for name in leaves([*VALSE.values()])}, item)
 
 
 def valse_columns(_) -> dict:
     """The columns of Table 1, their mean, and the mean over files: the paper's "Avg." is the latter
     (72.5 for CE-CLIP), in the row of CE-CLIP+ the former (76.7)."""
-    columns = list(VALSE.values())
+    columns = [*VALSE.values()]
     return VALSE | {"Avg 11 files": leaves(columns), "Avg 9 columns": columns}
 
 
-_SWIG = [f"swig_{role}" for role in ("agent", "destination", "item", "tool")]
-VLC_SOURCES = {  # cell: its types, and the files of each source
-    **{
-        f"Attribute/{t}": ([""], [["vg"], ["vaw"]])
-        for t in ("action", "color", "material", "size", "state")
-    },
-    "Object/Location": (["/center", "/mid", "/margin"], [["vg_obj", "vg_subj"], _SWIG, ["hake"]]),
-    "Object/Size": (["/large", "/medium", "/small"], [["vg_obj", "vg_subj"], _SWIG, ["hake"]]),
-    "Relation/action": ([""], [["vg"], ["swig"], ["hake"]]),
-    "Relation/spatial": ([""], [["vg"]]),
-}
+def below(folder: str, tree: "Tree") -> "Tree":
+    return f"{folder}/{tree}" if isinstance(tree, str) else [below(folder, b) for b in tree]
 
 
 def vlc_columns(_) -> dict:
     """The nine cells of Table 2: means over files, sources, types; then the means of the groups'
     cells, and of all nine."""
-    cells = {
-        cell: [[[f"{cell}{t}/{f}" for f in source] for source in sources] for t in types]
-        for cell, (types, sources) in VLC_SOURCES.items()
-    }
+    swig = [f"swig_{role}" for role in ("agent", "destination", "item", "tool")]
+    sources = [["vg_obj", "vg_subj"], swig, "hake"]
+    attributes = "action", "color", "material", "size", "state"
+    files = {f"Attribute/{name}": ["vg", "vaw"] for name in attributes}
+    files["Object/Location"] = [below(t, sources) for t in ("center", "mid", "margin")]
+    files["Object/Size"] = [below(t, sources) for t in ("large", "medium", "small")]
+    files |= {"Relation/action": ["vg", "swig", "hake"], "Relation/spatial": ["vg"]}
+    cells = {cell: below(cell, tree) for cell, tree in files.items()}
     groups = {
         group: [tree for cell, tree in cells.items() if cell.startswith(group)]
         for group in ("Attribute", "Object", "Relation")
     }
-    return cells | groups | {"Avg": list(cells.values())}
+    return cells | groups | {"Avg": [*cells.values()]}
 
 
 def vlc_items(files: Files, args: argparse.Namespace) -> Iterator[Item]:
     """VL-CheckList (arXiv 2207.00221); of each file the first --vlc-rows rows."""
     for group in leaves(vlc_columns(None)["Avg"]):
-        config = Path(files / f"vl_checklist/corpus/v1/{group}.yaml")
-        if not config.exists():
-            files.absent.append(str(config.relative_to(files.root)))
+        if not (path := files.find(f"vl_checklist/corpus/v1/{group}.yaml")):
             continue
-        with reading(config, "a corpus file of VL-CheckList"):
-            config = yaml.safe_load(config.read_text())
-            name, folder = "vl_checklist/" + config["ANNO_PATH"], config["IMG_ROOT"].strip("/")
+        with reading(path, "a corpus file of VL-CheckList"):
+            config = yaml.safe_load(path.read_text())
+            name, folder = f"vl_checklist/{config['ANNO_PATH']}", config["IMG_ROOT"].strip("/")
 
-        def build(row, entry, group=group, folder=folder):
-            if args.vlc_rows and row >= args.vlc_rows:
-                return None
+        def item(group, entry, folder=folder):
             image, texts = entry
-            image = files / f"{folder}/{image}"
-            return Item(group, image, None, texts["POS"][0], (texts["NEG"][0],))
+            return Item(group, f"{folder}/{image}", None, texts["POS"][0], (texts["NEG"][0],))
 
-        yield from files.items(name, build)
+        yield from files.items({group: name}, item, args.vlc_rows)
 
 
 SUGARCREPE = {
@@ -241,17 +234,17 @@ SUGARCREPE = {
 def sugarcrepe_items(files: Files, _=None) -> Iterator[Item]:
     """SugarCrepe (arXiv 2306.14610): 7 subsets, 7,511 items, on COCO val2017."""
 
-    def build(_, e, subset):
-        image = files / f"coco/val2017/{e['filename']}"
+    def item(subset, e):
+        image = f"coco/val2017/{e['filename']}"
         return Item(subset, image, None, e["caption"], (e["negative_caption"],))
 
-    for subset in leaves(list(SUGARCREPE.values())):
-        yield from files.items(f"sugarcrepe/{subset}.json", functools.partial(build, subset=subset))
+    subsets = leaves([*SUGARCREPE.values()])
+    return files.items({subset: f"sugarcrepe/{subset}.json" for subset in subsets}, item)
 
 
 def sugarcrepe_columns(_) -> dict:
     """Subsets; unweighted means as in Tables 3 and 5; and over items, as its authors."""
-    subsets = leaves(list(SUGARCREPE.values()))
+    subsets = leaves([*SUGARCREPE.values()])
     return {s: s for s in subsets} | SUGARCREPE | {"macro": subsets, "micro": tuple(subsets)}
 
 
@@ -262,10 +255,8 @@ def pre_caption(text: str) -> str:
 
 def captions(files: Files, name: str, folder: str) -> Iterator[tuple[str, str]]:
     """(picture, caption) of a Karpathy-style or COCO-captions file."""
-    if not (files.root / name).exists():
-        files.absent.append(name)
-        return
-    for record in negatives.read_captions(files.root / name):
+    path = files.find(name)
+    for record in negatives.read_captions(path) if path else ():
         yield files / f"{folder}/{record['image']}", record["caption"]
 
 
@@ -278,10 +269,10 @@ KARPATHY = {  # name: file of captions, folder that its pictures' names start in
 def order_items(files: Files, _) -> Iterator[Item]:
     """COCO-Order and Flickr30k-Order of ARO: a caption among four perturbations of itself."""
     for name, source in KARPATHY.items():
-        rows = list(captions(files, *source))
-        tagged = negatives.Tagger().words(text for _, text in rows) if rows else ()
-        for (image, text), words in zip(rows, tagged):
-            yield Item(f"{name}-Order", image, None, pre_caption(text), perturbations(words))
+        if rows := list(captions(files, *source)):
+            tagged = negatives.Tagger().words(text for _, text in rows)
+            for (image, text), words in zip(rows, tagged):
+                yield Item(f"{name}-Order", image, None, pre_caption(text), perturbations(words))
 
 
 def perturbations(words: list[negatives.Word]) -> tuple[str, ...]:
@@ -315,13 +306,15 @@ def retrieval_items(files: Files, _, source: tuple[str, str]) -> Iterator[Item]:
         yield Item("captions", image, None, pre_caption(text), ())
 
 
-def negatives_items(_, args: argparse.Namespace) -> Iterator[Item]:
+def by_kind(items: Iterable[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
+
+
+def negatives_items(_, args: argparse.Namespace) -> list[Item]:
     """The four kinds of a file that negatives.py wrote."""
     records = Negatives(Path(args.pairs), Path(args.images))
-    for kind in KINDS:
-        for r in records:
-            if r[kind]:
-                yield Item(kind, r["image"], r["box"], r["caption"], (r[kind],))
+    found = ((k, r) for r in records for k in KINDS if r[k])
+    return by_kind(Item(k, r["image"], r["box"], r["caption"], (r[k],)) for k, r in found)
 
 
 def toy_items(*_) -> list[Item]:
@@ -330,11 +323,10 @@ def toy_items(*_) -> list[Item]:
     if not (root / "captions_test.json").exists():
         toy.make_world(root)
     for image in read_json(root / "captions_test.json")["images"]:
-        scene, rng = toy.Scene(*image["scene"]), random.Random(image["id"])
-        path = str(root / "images" / image["file_name"])
-        for kind, true, false in toy.true_false_pairs(scene, rng):
+        path, rng = str(root / "images" / image["file_name"]), random.Random(image["id"])
+        for kind, true, false in toy.true_false_pairs(toy.Scene(*image["scene"]), rng):
             items.append(Item(kind, path, None, true, (false,)))
-    return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
+    return by_kind(items)
 
 
 # ---- Features: every distinct picture and text once ----------------------------------------------
@@ -961,7 +953,7 @@ def write_results(args, text: str, results: dict, scored: dict, features: dict) 
 
 
 def save_text(path: Path, text: str) -> None:
-    with negatives.writing(path):
+    with writing(path):
         (part := Path(f"{path}.part")).write_text(text, encoding="utf-8")
         os.replace(part, path)
 
@@ -1196,7 +1188,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     for folder in filter(None, (args.out, args.examples, args.figures)):
-        with negatives.writing(folder / "x"):
+        with writing(folder / "x"):
             pass
     planned = plan(args)
     (sets, absent_sets), notes = plan_zero_shot(args), []
