@@ -21,7 +21,7 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ import torchvision
 import yaml
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import negatives
@@ -332,23 +332,15 @@ def toy_items(*_) -> list[Item]:
 # ---- Features: every distinct picture and text once ----------------------------------------------
 
 
-class Pictures(Dataset):
-    """(one tensor for each of `transforms`, target): a picture is decoded once for all models."""
-
-    def __init__(self, load: Callable[[int], tuple[Image.Image, Tensor | int]], n: int, transforms):
-        self.load, self.n, self.transforms = load, n, transforms
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int):
-        picture, target = self.load(i)
-        return [transform(picture) for transform in self.transforms], target
-
-
-def picture(keys: list[tuple], n: int) -> tuple[Image.Image, int]:
-    path, box = keys[n]
+def picture(key: tuple) -> tuple[Image.Image, int]:
+    path, box = key
     return load_image(path, Image.Image.copy, box), 0
+
+
+def batch(load: Callable, transforms: list[Callable], samples: list) -> list:
+    """[a batch for each transform], targets; load(sample) gives a picture and its target."""
+    rows = [([t(image) for t in transforms], target) for image, target in map(load, samples)]
+    return default_collate(rows)
 
 
 class Scorer:
@@ -365,18 +357,19 @@ class Scorer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     @torch.inference_mode()
-    def images(self, load: Callable, n: int, desc: str) -> tuple[dict[str, Tensor], Tensor]:
-        """{row: features (n, D)}, and the targets (n,); load(i) gives picture and target i."""
+    def images(self, samples: Sequence, load: Callable, desc: str) -> tuple[dict, Tensor]:
+        """{row: features (n, D)} of n samples, and their targets (n, ...): see `batch`."""
         transforms = {str(m.eval_transform): m.eval_transform for m in self.models.values()}
-        pictures = Pictures(load, n, list(transforms.values()))
-        loader = DataLoader(pictures, self.args.batch_size, num_workers=self.args.workers)
+        collate = functools.partial(batch, load, [*transforms.values()])
+        options = {"num_workers": self.args.workers, "collate_fn": collate}
+        loader = DataLoader(samples, self.args.batch_size, **options)
         rows, targets = defaultdict(list), []
-        for batches, target in tqdm(loader, f"{desc}: pictures", unit="batch", leave=False):
-            batch = {key: b.to(self.device) for key, b in zip(transforms, batches)}
+        for images, target in tqdm(loader, f"{desc}: pictures", unit="batch", leave=False):
+            images = {key: i.to(self.device) for key, i in zip(transforms, images)}
             targets.append(target)
             for row, (model, *_, transform, _) in self.models.items():
                 with self.precision():
-                    features = model.encode_image(batch[str(transform)], normalize=True)
+                    features = model.encode_image(images[str(transform)], normalize=True)
                 rows[row].append(features.float().cpu())
         return {row: torch.cat(parts) for row, parts in rows.items()}, torch.cat(targets)
 
@@ -388,27 +381,24 @@ class Scorer:
 
     def texts(self, texts: list[str]) -> dict[str, Tensor]:
         """{row: features (len(texts), D)}; batches are of texts of nearly one length."""
-        found, tokens, size = {}, {}, 4 * self.args.batch_size
-        with tqdm(total=len(self.models) * len(texts), desc="texts", leave=False) as bar:
-            for row, loaded in self.models.items():
-                key, parts = json.dumps(loaded.config), []
-                if key not in tokens:
-                    chunks = (texts[i : i + size] for i in range(0, len(texts), size))
-                    tokens[key] = torch.cat([loaded.tokenizer(chunk) for chunk in chunks])
-                order = tokens[key].argmax(1).argsort(stable=True)  # by their end-of-text
-                for chosen in order.split(size):
-                    parts.append(self.text(loaded, tokens[key][chosen]).cpu())
-                    bar.update(len(chosen))
-                found[row] = torch.cat(parts)[order.argsort()]
+        found, tokens = {}, {}
+        for row, loaded in self.models.items():
+            if (key := json.dumps(loaded.config)) not in tokens:
+                tokens[key] = loaded.tokenizer(texts)
+            order = tokens[key].argmax(1).argsort(stable=True)  # by their end-of-text
+            batches = tqdm(order.split(4 * self.args.batch_size), f"{row}: texts", leave=False)
+            parts = [self.text(loaded, tokens[key][rows]).cpu() for rows in batches]
+            found[row] = torch.cat(parts)[order.argsort()]
         return found
 
     def encode(self, items: list[Item]) -> dict[str, "Features"]:
-        """{row: Features} of items whose pictures are there."""
-        keys = list(dict.fromkeys((i.image, i.box) for i in items))
-        texts = list(dict.fromkeys(t for i in items for t in (i.positive, *i.negatives)))
-        pictures, _ = self.images(functools.partial(picture, keys), len(keys), "benchmarks")
-        encoded, known = self.texts(texts), [{k: n for n, k in enumerate(x)} for x in (keys, texts)]
-        return {row: Features(pictures[row], encoded[row], *known) for row in self.models}
+        """{row: Features} of the items whose pictures are there: each picture and text once."""
+        keys = [key for key in dict.fromkeys(i.key for i in items) if os.path.exists(key[0])]
+        image = {key: n for n, key in enumerate(keys)}
+        texts = list(dict.fromkeys(text for i in items if i.key in image for text in i.texts))
+        text = {t: n for n, t in enumerate(texts)}
+        (pictures, _), encoded = self.images(keys, picture, "benchmarks"), self.texts(texts)
+        return {row: Features(pictures[row], encoded[row], image, text) for row in self.models}
 
 
 class Features(NamedTuple):
@@ -416,29 +406,30 @@ class Features(NamedTuple):
 
     images: Tensor  # (P, D)
     texts: Tensor  # (T, D)
-    image: dict[tuple, int]  # (path, box) -> row of images
+    image: dict[tuple, int]  # Item.key -> row of images
     text: dict[str, int]  # text -> row of texts
 
     def there(self, items: Iterable[Item]) -> list[Item]:
-        return [item for item in items if (item.image, item.box) in self.image]
+        return [item for item in items if item.key in self.image]
 
-    def rows(self, items: list[Item]) -> tuple[Tensor, Tensor]:
-        """Rows of the pictures and of the positives, (N,) each."""
-        images = torch.tensor([self.image[i.image, i.box] for i in items], dtype=torch.long)
-        return images, torch.tensor([self.text[i.positive] for i in items], dtype=torch.long)
+    def cosines(self, items: list[Item]) -> Tensor:
+        """(N, 2): of the picture with the positive, and with the negative that is closest; nan
+        where there is none."""
+        rows = [
+            (2 * n + (k > 0), self.image[item.key], self.text[text])
+            for n, item in enumerate(items)
+            if item.key in self.image
+            for k, text in enumerate(item.texts)
+        ]
+        place, image, text = torch.tensor(rows).T
+        found = torch.full((2 * len(items),), NAN)
+        cosine = dots(self.images, image, self.texts, text)
+        return found.scatter_reduce(0, place, cosine, "amax", include_self=False).view(-1, 2)
 
-    def cosines(self, items: list[Item]) -> tuple[Tensor, Tensor]:
-        """(N,) each: of the picture with the positive, and with the negative that is closest."""
-        image, positive = self.rows(items)
-        owner = torch.tensor(
-            [n for n, i in enumerate(items) for _ in i.negatives], dtype=torch.long
-        )
-        negative = torch.tensor(
-            [self.text[t] for i in items for t in i.negatives], dtype=torch.long
-        )
-        cosine = (self.images[image[owner]] * self.texts[negative]).sum(1)
-        closest = torch.full((len(items),), -torch.inf).scatter_reduce(0, owner, cosine, "amax")
-        return (self.images[image] * self.texts[positive]).sum(1), closest
+
+def dots(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
+    """(N,): a[i] . b[j] for row numbers i, j (N,); in chunks, for there may be millions."""
+    return torch.cat([(a[m] * b[n]).sum(1) for m, n in zip(i.split(2**14), j.split(2**14))])
 
 
 # ---- Metrics: numbers in, numbers out ------------------------------------------------------------
@@ -447,9 +438,9 @@ class Features(NamedTuple):
 class Accuracy(NamedTuple):
     """Pair accuracy of one group. A tie is wrong; chance is 50 %, with 4 negatives 20 %."""
 
-    right: int
-    scored: int
-    ties: int
+    right: int = 0
+    scored: int = 0
+    ties: int = 0
     missing: int = 0  # items without a picture
 
     @property
@@ -461,10 +452,10 @@ class Accuracy(NamedTuple):
         return 100 * self.right / self.scored if self.scored else NAN
 
 
-def pair_accuracy(positive: Tensor, negative: Tensor, missing: int = 0) -> Accuracy:
-    """positive, negative (N,): similarities of the true and the closest false caption."""
-    right, ties = (positive > negative).sum(), (positive == negative).sum()
-    return Accuracy(int(right), len(positive), int(ties), missing)
+def pair_accuracy(positive: Tensor, negative: Tensor) -> Accuracy:
+    """positive, negative (N,): similarities of the true and the closest false caption, or nan."""
+    counted = positive > negative, ~positive.isnan(), positive == negative, positive.isnan()
+    return Accuracy(*(int(which.sum()) for which in counted))
 
 
 class Cell(NamedTuple):
@@ -493,28 +484,24 @@ def average(tree: Tree, percent: dict[str, float]) -> float:
 
 
 def cell(tree: Tree, groups: dict[str, Accuracy]) -> Cell:
-    parts = [groups.get(leaf, Accuracy(0, 0, 0)) for leaf in leaves(tree)]
-    scored, total = sum(p.scored for p in parts), sum(p.all for p in parts)
-    if isinstance(tree, str):
-        return Cell(parts[0].percent, scored, total)
-    if not all(p.scored and not p.missing for p in parts):
-        return Cell(NAN, scored, total)
-    if isinstance(tree, tuple):
-        return Cell(100 * sum(p.right for p in parts) / scored, scored, total)
-    return Cell(average(tree, {g: a.percent for g, a in groups.items()}), scored, total)
+    """A group shows what there is of it; an average is nan unless it is whole."""
+    parts = [groups.get(leaf, Accuracy()) for leaf in leaves(tree)]
+    pooled = Accuracy(*map(sum, zip(*parts)))
+    value = pooled.percent
+    if isinstance(tree, list):
+        value = average(tree, {group: a.percent for group, a in groups.items()})
+    if not isinstance(tree, str) and not all(p.scored and not p.missing for p in parts):
+        value = NAN
+    return Cell(value, pooled.scored, pooled.all)
 
 
-def score(items: list[Item], features: Features) -> dict[str, Accuracy]:
-    """The accuracy of each group, in the items' order."""
+def score(items: list[Item], cosines: Tensor) -> dict[str, Accuracy]:
+    """The accuracy of each group, in the items' order; cosines (N, 2) as Features gives them."""
     members = defaultdict(list)
-    for item in items:
+    for n, item in enumerate(items):
         if item.negatives:
-            members[item.group].append(item)
-    out = {}
-    for group, those in members.items():
-        there = features.there(those)
-        out[group] = pair_accuracy(*features.cosines(there), len(those) - len(there))
-    return out
+            members[item.group].append(n)
+    return {group: pair_accuracy(*cosines[rows].T) for group, rows in members.items()}
 
 
 def ranks(queries: Tensor, gallery: Tensor, own: Tensor, gallery_own: Tensor) -> Tensor:
@@ -534,18 +521,14 @@ def retrieval_cells(items: list[Item], features: Features) -> dict[str, Cell]:
     """Recall in % at 1, 5 and 10: of captions by a picture (I2T: any of its own counts), and of
     the picture by each caption (T2I). A tie is behind all that tie."""
     there = features.there(items)
-    image, text = features.rows(there)
-    pictures, owner = image.unique(return_inverse=True)
-    one, two = features.images[pictures], features.texts[text]
-    ways = {
-        "I2T": ranks(one, two, torch.arange(len(one)), owner),
-        "T2I": ranks(two, one, owner, torch.arange(len(one))),
-    }
-    all_there = len(there) == len(items)
+    pictures = torch.tensor([features.image[item.key] for item in there])
+    texts = features.texts[[features.text[item.positive] for item in there]]
+    pictures, owner = pictures.unique(return_inverse=True)
+    images, number = features.images[pictures], torch.arange(len(pictures))
+    ways = {"I2T": ranks(images, texts, number, owner), "T2I": ranks(texts, images, owner, number)}
+    whole, counts = len(there) == len(items), (len(there), len(items))
     return {
-        f"{way} R@{k}": Cell(
-            100 * (rank < k).float().mean().item() if all_there else NAN, len(there), len(items)
-        )
+        f"{way} R@{k}": Cell(100 * (rank < k).float().mean().item() if whole else NAN, *counts)
         for way, rank in ways.items()
         for k in (1, 5, 10)
     }
@@ -554,11 +537,11 @@ def retrieval_cells(items: list[Item], features: Features) -> dict[str, Cell]:
 def similarities(items: list[Item], features: Features) -> Tensor:
     """(N, 2) of the items with one negative, whose picture is there: the similarity of the two
     captions, and by how much the picture is closer to the true one (Fig. 8), as cosines."""
-    there = features.there(i for i in items if len(i.negatives) == 1)
-    positive, negative = features.cosines(there)
-    one = features.texts[features.rows(there)[1]]
-    two = features.texts[torch.tensor([features.text[i.negatives[0]] for i in there])]
-    return torch.stack([(one * two).sum(1), positive - negative], 1)
+    there = features.there(item for item in items if len(item.negatives) == 1)
+    texts = torch.tensor([[features.text[text] for text in item.texts] for item in there])
+    cosines = features.cosines(there)
+    similar = dots(features.texts, texts[:, 0], features.texts, texts[:, 1])
+    return torch.stack([similar, cosines[:, 0] - cosines[:, 1]], 1)
 
 
 def bootstrap(values: Tensor, resamples=50_000, confidence=0.99, seed=0) -> Tensor:
@@ -597,8 +580,8 @@ class ImageSet(NamedTuple):
     templates: list[str]  # "a photo of a {}."
     metric: Callable[[Tensor, Tensor], float]
 
-    def load(self, n: int) -> tuple[Image.Image, int | Tensor]:
-        picture, target = self.base[n]
+    def load(self, sample: tuple) -> tuple[Image.Image, int | Tensor]:
+        picture, target = sample
         if isinstance(target, dict):  # VOC's difficult objects count as absent
             objects = target["annotation"]["object"]
             names = {o["name"] for o in objects if o["difficult"] == "0"}
@@ -643,7 +626,7 @@ def image_set(root: Path, name: str, download: bool) -> ImageSet | str:
 @torch.inference_mode()
 def zero_shot(scorer: Scorer, name: str, images: ImageSet) -> dict[str, Cell]:
     """{row: score in %}, of the softmax of 100 * cosine with a class's mean text [ELEVATER]."""
-    features, targets = scorer.images(images.load, len(images.base), name)
+    features, targets = scorer.images(images.base, images.load, name)
     found = {}
     for row, loaded in scorer.models.items():
         text = SimpleNamespace(encode_text=lambda tokens, m=loaded, **_: scorer.text(m, tokens))
@@ -846,6 +829,7 @@ class Scored(NamedTuple):
     benchmark: Benchmark
     items: list[Item]
     absent: list[str]  # files
+    cosines: dict[str, Tensor]  # row -> (N, 2), see Features.cosines
     cells: dict[str, dict[str, Cell]]  # row -> column
     groups: dict[str, dict[str, Accuracy]]  # row -> group
     fig_8: dict[str, Tensor]  # row -> (3, 2): mean, lower and upper bound of `similarities`
@@ -857,15 +841,17 @@ class Scored(NamedTuple):
 
 
 def score_benchmark(b: Benchmark, items, absent, features: dict[str, Features]) -> Scored:
-    cells, groups, fig_8 = {}, {}, {}
+    cosines, cells, groups, fig_8 = {}, {}, {}, {}
     for row, f in features.items():
-        groups[row] = score(items, f)
+        cosines[row] = f.cosines(items)
+        groups[row] = score(items, cosines[row])
         columns = b.columns(groups[row])
         cells[row] = {name: cell(tree, groups[row]) for name, tree in columns.items()}
         cells[row] |= b.more(items, f)
-        if b.analysis and len(values := similarities(items, f)):
+        if b.analysis:
+            values = similarities(items, f)
             fig_8[row] = torch.cat([values.mean(0, keepdim=True), bootstrap(values)])
-    return Scored(b, items, absent, cells, groups, fig_8)
+    return Scored(b, items, absent, cosines, cells, groups, fig_8)
 
 
 def report(key: str, s: Scored) -> str:
@@ -913,14 +899,14 @@ def headline(results: dict[str, dict[str, dict[str, Cell]]], base: str | None) -
     return f"{title}\n\n{markdown(rows)}" if rows else ""
 
 
-def decisions(scored: dict[str, Scored], features: dict[str, Features]) -> Iterator[dict]:
+def decisions(scored: dict[str, Scored]) -> Iterator[dict]:
     """One record for each scored item and model."""
     for key, s in scored.items():
-        for row, f in features.items():
-            items = f.there(item for item in s.items if item.negatives)
-            for item, positive, negative in zip(items, *(x.tolist() for x in f.cosines(items))):
-                found = {"right": positive > negative, "cosines": [positive, negative]}
-                yield {"benchmark": key, "model": row, **item._asdict(), **found}
+        for row, cosines in s.cosines.items():
+            for item, (positive, negative) in zip(s.items, cosines.tolist()):
+                if not math.isnan(negative):
+                    found = {"right": positive > negative, "cosines": [positive, negative]}
+                    yield {"benchmark": key, "model": row, **item._asdict(), **found}
 
 
 def plain(x):
@@ -931,7 +917,7 @@ def plain(x):
     return None if isinstance(x, float) and math.isnan(x) else x
 
 
-def write_results(args, text: str, results: dict, scored: dict, features: dict) -> None:
+def write_results(args, text: str, results: dict, scored: dict[str, Scored]) -> None:
     """results.md, results.json, with --items items.jsonl; the same run writes the same bytes."""
     packages = ("torch", "open_clip_torch", "spacy", "transformers")
     files = [path for path in (args.base, *(args.ckpt or ())) if path and Path(path).is_file()]
@@ -948,7 +934,7 @@ def write_results(args, text: str, results: dict, scored: dict, features: dict) 
     save_text(args.out / "results.json", json.dumps(content, indent=1) + "\n")
     save_text(args.out / "results.md", text)
     if args.items:
-        lines = (json.dumps(d) + "\n" for d in decisions(scored, features))
+        lines = (json.dumps(d) + "\n" for d in decisions(scored))
         save_text(args.out / "items.jsonl", "".join(lines))
 
 
@@ -958,24 +944,23 @@ def save_text(path: Path, text: str) -> None:
         os.replace(part, path)
 
 
-def write_examples(folder: Path, key: str, s: Scored, features: dict[str, Features]) -> None:
+def write_examples(path: Path, s: Scored) -> None:
     """A sheet in the manner of Fig. 9 and 10: twelve items, where the models differ first."""
-    items = next(iter(features.values())).there(i for i in s.items if i.negatives)
-    if not items:
+    last = list(s.cosines.values())[-1]
+    order = (~last[:, 1].isnan()).nonzero().flatten().tolist()
+    if not order:
         return
-    chose = {row: [p > n for p, n in zip(*f.cosines(items))] for row, f in features.items()}
-    rng, entries = random.Random(0), []
-    order = rng.sample(range(len(items)), len(items))
-    right = {i: sum(bool(votes[i]) for votes in chose.values()) for i in order}
-    for i in sorted(order, key=lambda i: (right[i] in (0, len(chose)), right[i] > 0))[:12]:
-        item = items[i]
+    order = random.Random(0).sample(order, len(order))
+    votes = torch.stack([cosines[:, 0] > cosines[:, 1] for cosines in s.cosines.values()], 1)
+    right = votes.sum(1).tolist()  # models
+    entries = []
+    for i in sorted(order, key=lambda i: (right[i] in (0, len(s.cosines)), right[i] > 0))[:12]:
+        item = s.items[i]
         lines = [(item.positive, toy.GREEN), (item.negatives[0], toy.RED)]
-        lines += [
-            (f"{row}: {'the true one' if votes[i] else 'the false one'}", "gray")
-            for row, votes in chose.items()
-        ]
+        chose = ("the true one" if vote else "the false one" for vote in votes[i])
+        lines += [(f"{row}: {which}", "gray") for row, which in zip(s.cosines, chose)]
         entries.append((load_image(item.image, Image.Image.copy, item.box), lines))
-    toy.sheet(entries).save(folder / f"{key}.png")
+    toy.sheet(entries).save(path)
 
 
 def write_figures(args, scored: dict[str, Scored], gain: dict) -> None:
@@ -1192,10 +1177,8 @@ def main() -> None:
             pass
     planned = plan(args)
     (sets, absent_sets), notes = plan_zero_shot(args), []
-    paths = dict.fromkeys(item.image for _, items, _ in planned.values() for item in items)
-    there = {path for path in paths if Path(path).exists()}
     for key, (b, items, absent) in list(planned.items()):
-        if not any(item.image in there for item in items):
+        if not any(os.path.exists(path) for path in dict.fromkeys(i.image for i in items)):
             first = absent or [items[0].image if items else "its files"]
             what = (
                 f"{first[0]} and {len(first) - 1} more are" if len(first) > 1 else f"{first[0]} is"
@@ -1209,7 +1192,7 @@ def main() -> None:
     if args.strict and notes:
         raise BadInput(notes[0])
     scorer = Scorer(load_models(args), args)
-    items = [i for _, items, _ in planned.values() for i in items if i.image in there]
+    items = [item for _, items, _ in planned.values() for item in items]
     features = scorer.encode(items) if items else {}
     scored = {
         key: score_benchmark(b, items, absent, features)
@@ -1229,10 +1212,10 @@ def main() -> None:
     text = "\n\n".join(filter(None, text)) + "\n"
     print(text)
     if args.out:
-        write_results(args, text, results, scored, features)
+        write_results(args, text, results, scored)
     for key, s in scored.items():
         if args.examples:
-            write_examples(args.examples, key, s, features)
+            write_examples(args.examples / f"{key}.png", s)
     if args.figures:
         write_figures(args, scored, gains(results))
     if args.strict and (partial := [s.benchmark.title for s in scored.values() if s.partial]):

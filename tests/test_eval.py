@@ -50,8 +50,10 @@ def tables(text: str) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def test_a_tie_is_wrong():
-    accuracy = eval_bench.pair_accuracy(tensor([0.5, 0.25, 0.5]), tensor([0.25, 0.25, 0.75]), 4)
-    assert accuracy == Accuracy(right=1, scored=3, ties=1, missing=4)
+    nan = float("nan")  # no picture
+    positive, negative = tensor([0.5, 0.25, 0.5, nan, nan]), tensor([0.25, 0.25, 0.75, nan, nan])
+    accuracy = eval_bench.pair_accuracy(positive, negative)
+    assert accuracy == Accuracy(right=1, scored=3, ties=1, missing=2)
     assert accuracy.percent == pytest.approx(100 / 3)
 
 
@@ -72,7 +74,11 @@ def test_score_groups_and_counts_missing_pictures():
         Item("five", "a", None, "cat", ("dog", "cat")),  # a shuffle that changed nothing
         Item("retrieval", "a", None, "cat", ()),
     ]
-    assert eval_bench.score(items, f) == {
+    cosines = f.cosines(items)
+    assert cosines[4].tolist() == [0.5, 0]
+    assert cosines[1].isnan().all()  # no picture
+    assert cosines[7].isnan().tolist() == [False, True]  # no negative
+    assert eval_bench.score(items, cosines) == {
         "x": Accuracy(1, 1, 0, 1),
         "y": Accuracy(0, 1, 0, 0),
         "z": Accuracy(0, 0, 0, 1),
@@ -303,8 +309,7 @@ def test_features_equal_one_pair_at_a_time_and_share_the_decoding(here, monkeypa
     assert len(decoded) == len(found["one"].images) == 4
     assert len(found["one"].texts) == 9
     for row, loaded in both.models.items():
-        cosines = torch.stack(found[row].cosines(items), 1)
-        for item, row_of_two in zip(items, cosines):
+        for item, row_of_two in zip(items, found[row].cosines(items)):
             image = Image.open(item.image).convert("RGB")
             image = loaded.eval_transform(image.crop(item.box) if item.box else image)[None]
             tokens = loaded.tokenizer([item.positive, *item.negatives])
@@ -468,7 +473,7 @@ def test_zero_shot_sets_that_are_absent_or_not_named(tmp_path):
     objects = [{"name": "cat", "difficult": "0"}, {"name": "dog", "difficult": "1"}]
     voc = [(Image.new("RGB", (4, 4)), {"annotation": {"object": objects}})]
     images = eval_bench.ImageSet(voc, ["dog", "cat", "car"], [], eval_bench.map_11_point)
-    assert images.load(0)[1].tolist() == [False, True, False]
+    assert images.load(voc[0])[1].tolist() == [False, True, False]
 
 
 def test_every_zero_shot_set_has_its_class_and_metric():
