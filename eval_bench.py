@@ -16,19 +16,19 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
+from math import isnan, nan
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import open_clip
 import torch
+import torch.nn.functional as F
 import torchvision
 import yaml
 from PIL import Image
@@ -40,8 +40,6 @@ import negatives
 import toy
 from ce_clip import KINDS, BadInput, Loaded, Negatives, encode_text, load_image, load_model
 from negatives import read_json, reading, run, writing
-
-NAN = float("nan")
 
 
 class Item(NamedTuple):
@@ -68,20 +66,16 @@ class Files:
     def __init__(self, root: Path):
         self.root, self.absent = root, []
 
-    def __truediv__(self, name: str) -> str:
-        return str(self.root / name)
-
     def find(self, name: str) -> Path | None:
         if (path := self.root / name).exists():
             return path
         self.absent.append(name)
 
-    def items(self, names: dict[str, str], build: Callable, rows: int = 0) -> Iterator[Item]:
-        """build(group, entry) of the entries of each {group: JSON list or object}, or of its first
-        `rows`. None leaves an entry out; images are below the root. Raises BadInput, which names
-        file and entry."""
-        for group, name in names.items():
-            if not (path := self.find(name)):
+    def items(self, pattern: str, groups: Iterable[str], build: Callable, rows=0) -> Iterator[Item]:
+        """build(group, entry) of the entries (of the first `rows`) of each group's file, a JSON
+        list or object. None leaves an entry out; images are below the root. Raises BadInput."""
+        for group in groups:
+            if not (path := self.find(pattern.format(group))):
                 continue
             content = read_json(path)
             with reading(path, "a JSON list or object of items"):
@@ -92,13 +86,13 @@ class Files:
                     if item and not all(isinstance(text, str) for text in item.texts):
                         raise TypeError("a caption that is not text")
                 if item:
-                    yield item._replace(image=self / item.image)
+                    yield item._replace(image=str(self.root / item.image))
 
 
 # ---- Benchmarks: each yields its items, whether or not the picture is there ----------------------
 
 
-def aro_items(files: Files, _) -> Iterator[Item]:
+def aro_items(files: Files, *_) -> Iterator[Item]:
     """ARO Relation and Attribution (arXiv 2210.01936), cropped to the box of the two objects."""
 
     def item(task, e):
@@ -107,8 +101,7 @@ def aro_items(files: Files, _) -> Iterator[Item]:
         image, box = f"aro/images/{e['image_path']}", (x, y, x + w, y + h)
         return Item(f"{task}/{name}", image, box, e["true_caption"], (e["false_caption"],))
 
-    tasks = "relation", "attribution"
-    return files.items({task: f"aro/visual_genome_{task}.json" for task in tasks}, item)
+    return files.items("aro/visual_genome_{}.json", ("relation", "attribution"), item)
 
 
 # 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one.
@@ -167,7 +160,7 @@ VALSE_FOLDERS = {  # by the start of a picture's name; all others are SWiG's
 }
 
 
-def valse_items(files: Files, _) -> Iterator[Item]:
+def valse_items(files: Files, *_) -> Iterator[Item]:
     """VALSE (arXiv 2112.07566): items whose caption at least 2 of 3 annotators found right."""
 
     def item(name, e):
@@ -176,7 +169,7 @@ def valse_items(files: Files, _) -> Iterator[Item]:
             folder = next(f for start, f in VALSE_FOLDERS.items() if image.startswith(start))
             return Item(name, f"{folder}/{image}", None, e["caption"], (e["foil"],))
 
-    return files.items({name: f"valse/{name}.json" for name in leaves([*VALSE.values()])}, item)
+    return files.items("valse/{}.json", leaves([*VALSE.values()]), item)
 
 
 def valse_columns(_) -> dict:
@@ -208,7 +201,7 @@ def vlc_columns(_) -> dict:
     return cells | groups | {"Avg": [*cells.values()]}
 
 
-def vlc_items(files: Files, args: argparse.Namespace) -> Iterator[Item]:
+def vlc_items(files: Files, args: argparse.Namespace, *_) -> Iterator[Item]:
     """VL-CheckList (arXiv 2207.00221); of each file the first --vlc-rows rows."""
     for group in leaves(vlc_columns(None)["Avg"]):
         if not (path := files.find(f"vl_checklist/corpus/v1/{group}.yaml")):
@@ -221,7 +214,7 @@ def vlc_items(files: Files, args: argparse.Namespace) -> Iterator[Item]:
             image, texts = entry
             return Item(group, f"{folder}/{image}", None, texts["POS"][0], (texts["NEG"][0],))
 
-        yield from files.items({group: name}, item, args.vlc_rows)
+        yield from files.items(name, [group], item, args.vlc_rows)
 
 
 SUGARCREPE = {
@@ -231,15 +224,14 @@ SUGARCREPE = {
 }
 
 
-def sugarcrepe_items(files: Files, _=None) -> Iterator[Item]:
+def sugarcrepe_items(files: Files, *_) -> Iterator[Item]:
     """SugarCrepe (arXiv 2306.14610): 7 subsets, 7,511 items, on COCO val2017."""
 
     def item(subset, e):
         image = f"coco/val2017/{e['filename']}"
         return Item(subset, image, None, e["caption"], (e["negative_caption"],))
 
-    subsets = leaves([*SUGARCREPE.values()])
-    return files.items({subset: f"sugarcrepe/{subset}.json" for subset in subsets}, item)
+    return files.items("sugarcrepe/{}.json", leaves([*SUGARCREPE.values()]), item)
 
 
 def sugarcrepe_columns(_) -> dict:
@@ -253,22 +245,28 @@ def pre_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
 
 
+KARPATHY = {  # name, file of captions, folder that its pictures' names start in
+    "coco": ("COCO", "coco/annotations/coco_karpathy_test.json", "coco"),
+    "flickr30k": ("Flickr30k", "flickr30k/flickr30k_test.json", "flickr30k"),
+}
+
+
 def captions(files: Files, name: str, folder: str) -> Iterator[tuple[str, str]]:
     """(picture, caption) of a Karpathy-style or COCO-captions file."""
     path = files.find(name)
     for record in negatives.read_captions(path) if path else ():
-        yield files / f"{folder}/{record['image']}", record["caption"]
+        yield str(files.root / folder / record["image"]), record["caption"]
 
 
-KARPATHY = {  # name: file of captions, folder that its pictures' names start in
-    "COCO": ("coco/annotations/coco_karpathy_test.json", "coco"),
-    "Flickr30k": ("flickr30k/flickr30k_test.json", "flickr30k"),
-}
+def retrieval_items(files: Files, args: argparse.Namespace, key: str) -> Iterator[Item]:
+    _, *source = KARPATHY.get(key) or (key, args.captions, args.images)
+    for image, text in captions(files, *source):
+        yield Item("captions", image, None, pre_caption(text), ())
 
 
-def order_items(files: Files, _) -> Iterator[Item]:
+def order_items(files: Files, *_) -> Iterator[Item]:
     """COCO-Order and Flickr30k-Order of ARO: a caption among four perturbations of itself."""
-    for name, source in KARPATHY.items():
+    for name, *source in KARPATHY.values():
         if rows := list(captions(files, *source)):
             tagged = negatives.Tagger().words(text for _, text in rows)
             for (image, text), words in zip(rows, tagged):
@@ -301,16 +299,11 @@ def perturbations(words: list[negatives.Word]) -> tuple[str, ...]:
     return tuple(text if p == tokens else pre_caption(" ".join(p)) for p in perturbed)
 
 
-def retrieval_items(files: Files, _, source: tuple[str, str]) -> Iterator[Item]:
-    for image, text in captions(files, *source):
-        yield Item("captions", image, None, pre_caption(text), ())
-
-
 def by_kind(items: Iterable[Item]) -> list[Item]:
     return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
 
 
-def negatives_items(_, args: argparse.Namespace) -> list[Item]:
+def negatives_items(_, args: argparse.Namespace, *__) -> list[Item]:
     """The four kinds of a file that negatives.py wrote."""
     records = Negatives(Path(args.pairs), Path(args.images))
     found = ((k, r) for r in records for k in KINDS if r[k])
@@ -347,47 +340,41 @@ class Scorer:
     """The checkpoints, {row: Loaded}, and how they encode: unit features, float32, on the CPU."""
 
     def __init__(self, models: dict[str, Loaded], args: argparse.Namespace):
-        self.models, self.args = models, args
+        self.models, self.batch_size, self.workers = models, args.batch_size, args.workers
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bf16 = args.precision == "bf16"
+        self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         for loaded in models.values():
             loaded.model.to(self.device).eval()
-
-    def precision(self):
-        bf16 = self.args.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     @torch.inference_mode()
     def images(self, samples: Sequence, load: Callable, desc: str) -> tuple[dict, Tensor]:
         """{row: features (n, D)} of n samples, and their targets (n, ...): see `batch`."""
         transforms = {str(m.eval_transform): m.eval_transform for m in self.models.values()}
         collate = functools.partial(batch, load, [*transforms.values()])
-        options = {"num_workers": self.args.workers, "collate_fn": collate}
-        loader = DataLoader(samples, self.args.batch_size, **options)
+        options = {"num_workers": self.workers, "collate_fn": collate}
+        loader = DataLoader(samples, self.batch_size, **options)
         rows, targets = defaultdict(list), []
         for images, target in tqdm(loader, f"{desc}: pictures", unit="batch", leave=False):
             images = {key: i.to(self.device) for key, i in zip(transforms, images)}
             targets.append(target)
             for row, (model, *_, transform, _) in self.models.items():
-                with self.precision():
+                with self.precision:
                     features = model.encode_image(images[str(transform)], normalize=True)
                 rows[row].append(features.float().cpu())
         return {row: torch.cat(parts) for row, parts in rows.items()}, torch.cat(targets)
 
     @torch.inference_mode()
-    def text(self, loaded: Loaded, tokens: Tensor) -> Tensor:
-        """Features (N, D) of tokens (N, L), on the device."""
-        with self.precision():
-            return encode_text(loaded.model, tokens).float()
-
     def texts(self, texts: list[str]) -> dict[str, Tensor]:
         """{row: features (len(texts), D)}; batches are of texts of nearly one length."""
         found, tokens = {}, {}
         for row, loaded in self.models.items():
             if (key := json.dumps(loaded.config)) not in tokens:
                 tokens[key] = loaded.tokenizer(texts)
-            order = tokens[key].argmax(1).argsort(stable=True)  # by their end-of-text
-            batches = tqdm(order.split(4 * self.args.batch_size), f"{row}: texts", leave=False)
-            parts = [self.text(loaded, tokens[key][rows]).cpu() for rows in batches]
+            order, parts = tokens[key].argmax(1).argsort(stable=True), []  # by their end-of-text
+            for rows in tqdm(order.split(4 * self.batch_size), f"{row}: texts", leave=False):
+                with self.precision:
+                    parts.append(encode_text(loaded.model, tokens[key][rows]).float().cpu())
             found[row] = torch.cat(parts)[order.argsort()]
         return found
 
@@ -422,7 +409,7 @@ class Features(NamedTuple):
             for k, text in enumerate(item.texts)
         ]
         place, image, text = torch.tensor(rows).T
-        found = torch.full((2 * len(items),), NAN)
+        found = torch.full((2 * len(items),), nan)
         cosine = dots(self.images, image, self.texts, text)
         return found.scatter_reduce(0, place, cosine, "amax", include_self=False).view(-1, 2)
 
@@ -449,7 +436,7 @@ class Accuracy(NamedTuple):
 
     @property
     def percent(self) -> float:
-        return 100 * self.right / self.scored if self.scored else NAN
+        return 100 * self.right / self.scored if self.scored else nan
 
 
 def pair_accuracy(positive: Tensor, negative: Tensor) -> Accuracy:
@@ -478,9 +465,9 @@ def leaves(tree: Tree) -> list[str]:
 def average(tree: Tree, percent: dict[str, float]) -> float:
     """The unweighted means of a tree; nan where a group is not in `percent`."""
     if isinstance(tree, str):
-        return percent.get(tree, NAN)
+        return percent.get(tree, nan)
     values = [average(branch, percent) for branch in tree]
-    return sum(values) / len(values) if values else NAN
+    return sum(values) / len(values) if values else nan
 
 
 def cell(tree: Tree, groups: dict[str, Accuracy]) -> Cell:
@@ -491,7 +478,7 @@ def cell(tree: Tree, groups: dict[str, Accuracy]) -> Cell:
     if isinstance(tree, list):
         value = average(tree, {group: a.percent for group, a in groups.items()})
     if not isinstance(tree, str) and not all(p.scored and not p.missing for p in parts):
-        value = NAN
+        value = nan
     return Cell(value, pooled.scored, pooled.all)
 
 
@@ -528,7 +515,7 @@ def retrieval_cells(items: list[Item], features: Features) -> dict[str, Cell]:
     ways = {"I2T": ranks(images, texts, number, owner), "T2I": ranks(texts, images, owner, number)}
     whole, counts = len(there) == len(items), (len(there), len(items))
     return {
-        f"{way} R@{k}": Cell(100 * (rank < k).float().mean().item() if whole else NAN, *counts)
+        f"{way} R@{k}": Cell(100 * (rank < k).float().mean().item() if whole else nan, *counts)
         for way, rank in ways.items()
         for k in (1, 5, 10)
     }
@@ -589,9 +576,9 @@ class ImageSet(NamedTuple):
         return picture.convert("RGB"), target
 
 
-def image_set(root: Path, name: str, download: bool) -> ImageSet | str:
+def image_set(root: Path, name: str, download: bool) -> ImageSet:
     """The test set of zeroshot/NAME: pictures in test/CLASS/, else torchvision's own files, which
-    it can download; or a line that says what is absent.
+    it can download. Raises BadInput, also where the set is absent.
 
     Class names are the lines of classes.txt, templates those of templates.txt, else the data set's
     own names (ImageNet's: open_clip's, in the order of its folders) and open_clip's 80 templates.
@@ -601,41 +588,46 @@ def image_set(root: Path, name: str, download: bool) -> ImageSet | str:
         with reading(folder / "test", "a folder with a folder of pictures for each class"):
             base = torchvision.datasets.ImageFolder(folder / "test")
     elif kind == "-":
-        return f"{folder / 'test'} is absent: a folder of pictures for each class"
+        raise BadInput(f"{folder / 'test'} is absent: a folder of pictures for each class")
     else:
         base = getattr(torchvision.datasets, kind)
         options, known = TEST_SPLIT | {"download": download}, inspect.signature(base).parameters
         try:
             base = base(folder, **{k: v for k, v in options.items() if k in known})
         except Exception as e:
-            reason = str(e).splitlines()[0]
-            return f"torchvision finds no {kind} in {folder} (--download gets it): {reason}"
+            found = f"torchvision finds no {kind} in {folder} (--download gets it)"
+            raise BadInput(f"{found}: {str(e).splitlines()[0]}") from e
 
     def lines(file: str, default: list[str]) -> list[str]:
         path = folder / file
         return path.read_text(encoding="utf-8").splitlines() if path.exists() else default
 
-    own = [" ".join(str(c).split("_")) for c in getattr(base, "classes", ())]
+    own = [str(c).replace("_", " ") for c in getattr(base, "classes", ())]
     classes = lines("classes.txt", open_clip.IMAGENET_CLASSNAMES if name == "imagenet-1k" else own)
     if not classes or own and len(own) != len(classes):
-        return f"{folder / 'classes.txt'} must name its {len(own) or ''} classes, a line each"
+        raise BadInput(
+            f"{folder / 'classes.txt'} must name its {len(own) or ''} classes, one a line"
+        )
     prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     return ImageSet(base, classes, lines("templates.txt", prompts), globals()[metric])
 
 
-@torch.inference_mode()
-def zero_shot(scorer: Scorer, name: str, images: ImageSet) -> dict[str, Cell]:
-    """{row: score in %}, of the softmax of 100 * cosine with a class's mean text [ELEVATER]."""
-    features, targets = scorer.images(images.base, images.load, name)
-    found = {}
-    for row, loaded in scorer.models.items():
-        text = SimpleNamespace(encode_text=lambda tokens, m=loaded, **_: scorer.text(m, tokens))
-        parts = loaded.tokenizer, images.classes, images.templates
-        weights = open_clip.build_zero_shot_classifier(text, *parts, device=scorer.device)
-        scores = (100 * features[row] @ weights.cpu()).softmax(1)
-        value = images.metric(scores, targets)
-        found[row] = Cell(100 * value, len(targets), len(targets))
-    return found
+def zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, Cell]]:
+    """{row: {set: score in %}} of the softmax of 100 * cosine with a class's mean text [ELEVATER],
+    and the mean over ELEVATER's 20 if all are there."""
+    rows = {row: {} for row in scorer.models}
+    for name, images in sets.items():
+        features, targets = scorer.images(images.base, images.load, name)
+        prompts = [template.format(c) for c in images.classes for template in images.templates]
+        for row, texts in scorer.texts(prompts).items():
+            means = texts.unflatten(0, (len(images.classes), -1)).mean(1)  # (C, D)
+            scores = (100 * features[row] @ F.normalize(means).T).softmax(1)  # (N, C)
+            rows[row][name] = Cell(100 * images.metric(scores, targets), *[len(targets)] * 2)
+    elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
+    for cells in rows.values():
+        value = average(elevater, {name: c.value for name, c in cells.items()})
+        cells["ELEVATER"] = Cell(value, len({*elevater} & {*cells}), len(elevater))
+    return rows
 
 
 # Metrics: scores (N, C) are a softmax over the classes, target (N,) class numbers; 0 to 1.
@@ -655,19 +647,18 @@ def mean_per_class(scores: Tensor, target: Tensor) -> float:
 def map_11_point(scores: Tensor, target: Tensor) -> float:
     """Mean over classes of the mean of the best precision at a recall of at least 0, .1, ... 1.
 
-    target (N, C) bool. Equal scores count as one threshold, and precision is 1 at recall 0, as in
+    target (N, C) bool. Each score is a threshold, and precision is 1 at recall 0, as in
     scikit-learn, hence in ELEVATER.
     """
-    found, levels = [], torch.linspace(0, 1, 11, dtype=torch.double) - 1e-9
+    found = []
     for p, true in zip(scores.T, target.T):
         if true.any():
-            p, order = p.sort(descending=True)
-            last = torch.cat([p[1:] != p[:-1], torch.tensor([True])])  # of its threshold
-            hits = true[order].cumsum(0)[last].double()
-            precision = torch.cat([torch.ones(1), hits / (last.nonzero().squeeze(1) + 1)])
-            recall = torch.cat([torch.zeros(1), hits / hits[-1]])
-            found.append(torch.stack([precision[recall >= r].max() for r in levels]).mean())
-    return torch.stack(found).mean().item()
+            above = p >= p[:, None]  # (thresholds, N)
+            hits = (above & true).sum(1)
+            precision, recall = hits.double() / above.sum(1), hits / true.sum()
+            best = [precision[recall >= level / 10 - 1e-6].max().item() for level in range(1, 11)]
+            found.append(sum([1, *best]) / 11)
+    return sum(found) / len(found)
 
 
 def roc_auc(scores: Tensor, target: Tensor) -> float:
@@ -681,19 +672,17 @@ def roc_auc(scores: Tensor, target: Tensor) -> float:
 
 
 class Benchmark(NamedTuple):
-    title: str
+    title: str  # with fields of the arguments
     items: Callable[[Files, argparse.Namespace], Iterable[Item]]
-    columns: Callable[[dict[str, Accuracy]], dict[str, Tree]] = lambda groups: {
-        g: g for g in groups
-    }
+    columns: Callable[[dict[str, Accuracy]], dict[str, Tree]] = lambda groups: dict(
+        zip(groups, groups)
+    )
     more: Callable[[list[Item], Features], dict[str, Cell]] = lambda *_: {}  # further columns
-    paper: str = ""  # rows of the paper: "ROW value value ..." in the order of the columns
-    get: str = ""  # what to download, where, how large
     analysis: bool = False  # with the intervals of Fig. 8
 
 
 def pairs_columns(groups: dict) -> dict:
-    return {g: g for g in groups} | {"mean": list(groups)}
+    return dict(zip(groups, groups)) | {"mean": list(groups)}
 
 
 def toy_cells(items: list[Item], features: Features) -> dict[str, Cell]:
@@ -706,71 +695,50 @@ def toy_cells(items: list[Item], features: Features) -> dict[str, Cell]:
     }
 
 
-VAL2017 = "http://images.cocodataset.org/zips/val2017.zip (0.8 GB) in coco/"
-VAL2014 = "http://images.cocodataset.org/zips/val2014.zip (6.3 GB) in coco/"
-SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 BENCHMARKS = {
-    "aro": Benchmark(
-        "ARO (Table 1)",
-        aro_items,
-        aro_columns,
-        paper="CLIP 59.3 62.9, NegCLIP 80.2 70.5, CE-CLIP 83.0 76.4, CE-CLIP+ 83.6 77.1",
-        get="of https://github.com/mertyg/vision-language-models-are-bows: "
-        "visual_genome_{relation,attribution}.json and images/ (1 GB) in aro/",
-        analysis=True,
-    ),
-    "order": Benchmark(
-        "ARO: word order, the caption among four perturbations",
-        order_items,
-        get=f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, {VAL2014}; "
-        f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
-    ),
-    "valse": Benchmark(
-        "VALSE (Table 1)",
-        valse_items,
-        valse_columns,
-        paper="""CLIP 68.7 57.1 61.0 65.4 77.8 71.8 54.1 51.0 89.8,
-        NegCLIP 76.8 71.7 65.0 72.9 81.6 84.7 58.6 53.8 91.9,
-        CE-CLIP 78.6 77.7 64.4 74.4 81.2 88.6 54.7 54.8 93.7,
-        CE-CLIP+ 84.5 79.2 67.8 76.4 83.4 89.4 56.7 57.8 94.7""",
-        get="data/*.json of https://github.com/Heidelberg-NLP/VALSE in valse/; pictures: README",
-    ),
-    "vlc": Benchmark(
-        "VL-CheckList (Table 2)",
-        vlc_items,
-        vlc_columns,
-        paper="""CLIP 70.5 69.4 69.5 60.7 67 80.2 79.7 72.2 53.8,
-        NegCLIP 72.1 75.7 78.1 61.3 67.3 84.4 83.8 80.7 57.1,
-        CE-CLIP 75.6 72.7 79.7 65.3 69.8 84.8 84.5 78.5 65.0,
-        CE-CLIP+ 78.5 83.5 85.2 65.8 70.8 86.7 85.9 81.0 68.4""",
-        get="corpus/ and data/ of https://github.com/om-ai-lab/VL-CheckList in vl_checklist/; "
-        "pictures: README",
-    ),
-    "sugarcrepe": Benchmark(
-        "SugarCrepe (Table 3)",
-        sugarcrepe_items,
-        sugarcrepe_columns,
-        paper="""CLIP 90.9 80.0 69.2 61.4 64.0 77.2 68.2,
-        NegCLIP 92.7 85.9 76.5 75.2 75.4 88.8 82.8,
-        CE-CLIP 93.1 88.8 79.0 72.8 77.0 92.4 93.4, CE-CLIP+ 93.8 90.8 83.2 76.8 79.3 93.8 94.9""",
-        get="data/*.json of https://github.com/RAIVNLab/sugar-crepe (2 MB) in sugarcrepe/, "
-        + VAL2017,
-    ),
+    "aro": Benchmark("ARO (Table 1)", aro_items, aro_columns, analysis=True),
+    "order": Benchmark("ARO: word order, the caption among four perturbations", order_items),
+    "valse": Benchmark("VALSE (Table 1)", valse_items, valse_columns),
+    "vlc": Benchmark("VL-CheckList (Table 2)", vlc_items, vlc_columns),
+    "sugarcrepe": Benchmark("SugarCrepe (Table 3)", sugarcrepe_items, sugarcrepe_columns),
     "coco": Benchmark(
-        "COCO retrieval, Karpathy's 5k test (Table 5: R@5)",
-        functools.partial(retrieval_items, source=KARPATHY["COCO"]),
-        more=retrieval_cells,
-        get=f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, {VAL2014}",
+        "COCO retrieval, Karpathy's 5k test (Table 5: R@5)", retrieval_items, more=retrieval_cells
     ),
-    "flickr30k": Benchmark(
-        "Flickr30k retrieval, 1k test",
-        functools.partial(retrieval_items, source=KARPATHY["Flickr30k"]),
-        more=retrieval_cells,
-        get=f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
-    ),
+    "flickr30k": Benchmark("Flickr30k retrieval, 1k test", retrieval_items, more=retrieval_cells),
+    "pairs": Benchmark("Negatives of {pairs}", negatives_items, pairs_columns, analysis=True),
+    "captions": Benchmark("Retrieval, {captions}", retrieval_items, more=retrieval_cells),
+    "toy": Benchmark("Toy world, unseen scenes", toy_items, more=toy_cells),
 }
-PAPER = ("CLIP", "CLIP-FT", "CE-CLIP", "CE-CLIP+")
-TABLE_5 = {  # task: benchmark, column, the paper's values
+SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
+GET = {  # what to download, how large, where to put it: of the benchmarks in --data-root
+    "aro": "of https://github.com/mertyg/vision-language-models-are-bows: "
+    "visual_genome_{relation,attribution}.json and images/ (1 GB) in aro/",
+    "valse": "data/*.json of https://github.com/Heidelberg-NLP/VALSE in valse/; pictures: README",
+    "vlc": "corpus/ and data/ of https://github.com/om-ai-lab/VL-CheckList in vl_checklist/; "
+    "pictures: README",
+    "sugarcrepe": "data/*.json of https://github.com/RAIVNLab/sugar-crepe (2 MB) in sugarcrepe/, "
+    "http://images.cocodataset.org/zips/val2017.zip (0.8 GB) in coco/",
+    "coco": f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, "
+    "http://images.cocodataset.org/zips/val2014.zip (6.3 GB) in coco/",
+    "flickr30k": f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
+}
+GET["order"] = f"{GET['coco']}; {GET['flickr30k']}"
+PAPER = {  # rows of Tables 1 to 3, in the order of a benchmark's columns
+    "aro": "CLIP 59.3 62.9, NegCLIP 80.2 70.5, CE-CLIP 83.0 76.4, CE-CLIP+ 83.6 77.1",
+    "valse": """CLIP 68.7 57.1 61.0 65.4 77.8 71.8 54.1 51.0 89.8,
+    NegCLIP 76.8 71.7 65.0 72.9 81.6 84.7 58.6 53.8 91.9,
+    CE-CLIP 78.6 77.7 64.4 74.4 81.2 88.6 54.7 54.8 93.7,
+    CE-CLIP+ 84.5 79.2 67.8 76.4 83.4 89.4 56.7 57.8 94.7""",
+    "vlc": """CLIP 70.5 69.4 69.5 60.7 67 80.2 79.7 72.2 53.8,
+    NegCLIP 72.1 75.7 78.1 61.3 67.3 84.4 83.8 80.7 57.1,
+    CE-CLIP 75.6 72.7 79.7 65.3 69.8 84.8 84.5 78.5 65.0,
+    CE-CLIP+ 78.5 83.5 85.2 65.8 70.8 86.7 85.9 81.0 68.4""",
+    "sugarcrepe": """CLIP 90.9 80.0 69.2 61.4 64.0 77.2 68.2,
+    NegCLIP 92.7 85.9 76.5 75.2 75.4 88.8 82.8, CE-CLIP 93.1 88.8 79.0 72.8 77.0 92.4 93.4,
+    CE-CLIP+ 93.8 90.8 83.2 76.8 79.3 93.8 94.9""",
+}
+PAPER_5 = tuple(f"{name} (paper)" for name in ("CLIP", "CLIP-FT", "CE-CLIP", "CE-CLIP+"))
+TABLE_5 = {  # task: benchmark, column, and where the paper has them the values of PAPER_5
     "ARO-R": ("aro", "Relation", 59.3, 61.7, 83.0, 83.6),
     "ARO-A": ("aro", "Attribution", 62.9, 66.1, 76.4, 77.1),
     "VALSE": ("valse", "Avg 11 files", 65.3, 71.8, 72.5, 76.7),
@@ -778,28 +746,29 @@ TABLE_5 = {  # task: benchmark, column, the paper's values
     "SugarCrepe": ("sugarcrepe", "macro", 73.1, 77.2, 85.2, 87.5),
     "COCO T2I R@5": ("coco", "T2I R@5", 56.0, 66.2, 69.4, 72.3),
     "COCO I2T R@5": ("coco", "I2T R@5", 75.0, 78.3, 74.3, 76.1),
-    "ImageNet": ("zeroshot", "imagenet-1k", NAN, NAN, NAN, NAN),
+    "ImageNet": ("zeroshot", "imagenet-1k"),
     "ELEVATER": ("zeroshot", "ELEVATER", 56.4, 57.2, 53.2, 54.8),
-    "negatives": ("pairs", "mean", NAN, NAN, NAN, NAN),
-    "captions T2I R@5": ("captions", "T2I R@5", NAN, NAN, NAN, NAN),
-    "captions I2T R@5": ("captions", "I2T R@5", NAN, NAN, NAN, NAN),
+    "negatives": ("pairs", "mean"),
+    "captions T2I R@5": ("captions", "T2I R@5"),
+    "captions I2T R@5": ("captions", "I2T R@5"),
 }
 COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe", "negatives")
 
 
-def paper_rows(key: str, b: Benchmark) -> dict[str, dict[str, float]]:
+def paper_rows(key: str) -> dict[str, dict[str, float]]:
     """The paper's printed columns, and the averages that follow from them: two it misprints."""
-    columns, rows = b.columns({}), {}
-    for name, *values in (row.split() for row in b.paper.split(",") if row.strip()):
+    columns, rows = BENCHMARKS[key].columns({}), {}
+    for name, *values in map(str.split, PAPER[key].split(",") if key in PAPER else ()):
         printed = dict(zip(columns, map(float, values)))
         leaf = {leaf: v for column, v in printed.items() for leaf in leaves(columns[column])}
         means = {c: average(t, leaf) for c, t in columns.items() if not isinstance(t, tuple)}
-        rows[name] = means | printed
-    for benchmark, column, *values in TABLE_5.values():
-        for name, value in zip(PAPER, values) if benchmark == key and not b.paper else ():
-            if not math.isnan(value):
-                rows.setdefault(name, {})[column] = value
-    return {f"{name} (paper)": row for name, row in rows.items()}
+        rows[f"{name} (paper)"] = means | printed
+    if rows:
+        return rows
+    for benchmark, column, *values in TABLE_5.values():  # where the paper has no other table
+        for name, value in zip(PAPER_5, values) if benchmark == key else ():
+            rows.setdefault(name, {})[column] = value
+    return rows
 
 
 # ---- Reports -------------------------------------------------------------------------------------
@@ -810,9 +779,9 @@ def markdown(rows: dict[str, dict[str, str | float | Cell]]) -> str:
 
     def text(value) -> str:
         if isinstance(value, Cell):
-            value = "partial" if math.isnan(value.value) and value.scored else value.value
+            value = "partial" if isnan(value.value) and value.scored else value.value
         if isinstance(value, float):
-            value = "" if math.isnan(value) else f"{value:.1f}"
+            value = "" if isnan(value) else f"{value:.1f}"
         return str("" if value is None else value)
 
     columns = list(dict.fromkeys(column for row in reversed(rows.values()) for column in row))
@@ -826,12 +795,12 @@ def markdown(rows: dict[str, dict[str, str | float | Cell]]) -> str:
 class Scored(NamedTuple):
     """One benchmark with all that was found."""
 
-    benchmark: Benchmark
+    title: str
     items: list[Item]
     absent: list[str]  # files
     cosines: dict[str, Tensor]  # row -> (N, 2), see Features.cosines
-    cells: dict[str, dict[str, Cell]]  # row -> column
     groups: dict[str, dict[str, Accuracy]]  # row -> group
+    cells: dict[str, dict[str, Cell]]  # row -> column
     fig_8: dict[str, Tensor]  # row -> (3, 2): mean, lower and upper bound of `similarities`
 
     @property
@@ -851,7 +820,7 @@ def score_benchmark(b: Benchmark, items, absent, features: dict[str, Features]) 
         if b.analysis:
             values = similarities(items, f)
             fig_8[row] = torch.cat([values.mean(0, keepdim=True), bootstrap(values)])
-    return Scored(b, items, absent, cosines, cells, groups, fig_8)
+    return Scored(b.title, items, absent, cosines, groups, cells, fig_8)
 
 
 def report(key: str, s: Scored) -> str:
@@ -859,8 +828,8 @@ def report(key: str, s: Scored) -> str:
     last = list(s.cells.values())[-1]
     counts = {column: f"{c.scored}/{c.all}" for column, c in last.items()}
     mark = " - PARTIAL" if s.partial else ""
-    text = [f"## {s.benchmark.title}, %{mark}"]
-    text += [markdown(paper_rows(key, s.benchmark) | s.cells | {"scored/all": counts})]
+    text = [f"## {s.title}, %{mark}"]
+    text += [markdown(paper_rows(key) | s.cells | {"scored/all": counts})]
     if s.absent:
         text.append(f"Absent: {', '.join(s.absent)}.")
     unique, same = len(set(s.items)), sum(i.positive in i.negatives for i in s.items)
@@ -883,18 +852,24 @@ def report(key: str, s: Scored) -> str:
     return "\n\n".join(text)
 
 
-def headline(results: dict[str, dict[str, dict[str, Cell]]], base: str | None) -> str:
+def table_5(results: dict[str, dict[str, dict[str, Cell]]]) -> dict[str, dict[str, Cell]]:
+    """{task: {row: its cell}} of {benchmark: {row: {column: cell}}}."""
+    return {
+        task: {row: cells[column] for row, cells in results[key].items() if column in cells}
+        for task, (key, column, *_) in TABLE_5.items()
+        if key in results
+    }
+
+
+def headline(tasks: dict[str, dict[str, Cell]], base: str | None) -> str:
     """Table 5: what composition gained beside what retrieval and classification lost."""
     rows = {}
-    for task, (benchmark, column, *paper) in TABLE_5.items():
-        rows[task] = {f"{n} (paper)": v for n, v in zip(PAPER, paper) if not math.isnan(v)}
-        for row in results.get(benchmark, ()):
-            cell, before = (results[benchmark].get(r, {}).get(column) for r in (row, base))
-            rows[task][row] = cell
-            if before and row != base and not math.isnan(cell.value + before.value):
-                rows[task][row] = f"{cell.value:.1f} ({cell.value - before.value:+.1f})"
-        if benchmark not in results:
-            del rows[task]
+    for task, cells in tasks.items():
+        rows[task] = dict(zip(PAPER_5, TABLE_5[task][2:])) | cells
+        for row, cell in cells.items() if base in cells else ():
+            gain = cell.value - cells[base].value
+            if row != base and not isnan(gain):
+                rows[task][row] = f"{cell.value:.1f} ({gain:+.1f})"
     title = "## Gain and forgetting (Table 5)" + (f", difference to {base}" if base else "")
     return f"{title}\n\n{markdown(rows)}" if rows else ""
 
@@ -904,7 +879,7 @@ def decisions(scored: dict[str, Scored]) -> Iterator[dict]:
     for key, s in scored.items():
         for row, cosines in s.cosines.items():
             for item, (positive, negative) in zip(s.items, cosines.tolist()):
-                if not math.isnan(negative):
+                if not isnan(negative):
                     found = {"right": positive > negative, "cosines": [positive, negative]}
                     yield {"benchmark": key, "model": row, **item._asdict(), **found}
 
@@ -914,7 +889,7 @@ def plain(x):
     x = x._asdict() if hasattr(x, "_asdict") else x
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
-    return None if isinstance(x, float) and math.isnan(x) else x
+    return None if isinstance(x, float) and isnan(x) else x
 
 
 def write_results(args, text: str, results: dict, scored: dict[str, Scored]) -> None:
@@ -963,50 +938,58 @@ def write_examples(path: Path, s: Scored) -> None:
     toy.sheet(entries).save(path)
 
 
-def write_figures(args, scored: dict[str, Scored], gain: dict) -> None:
-    """Fig. 5b and 5d (thresholds and losses of each run), Fig. 8, and what WiSE-FT trades."""
+def plot(path: Path, curves=(), bars=None, **texts) -> None:
+    """Curves (label, x, y), or bars (names, heights, errors)."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise BadInput("--figures needs matplotlib: pip install matplotlib") from e
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, x, y in curves:
+        axes.plot(x, y, label=label, marker="o" if len(x) < 20 else None)
+        axes.legend()
+    if bars:
+        axes.bar(*bars[:2], yerr=bars[2], ecolor="red")
+        axes.tick_params(axis="x", labelrotation=20)
+    axes.set(**texts)
+    figure.savefig(path, dpi=120)
 
-    def save(name, curves=(), bars=None, **texts):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for label, x, y in curves:
-            axes.plot(x, y, label=label, marker="o" if len(x) < 20 else None)
-            axes.legend()
-        if bars:
-            axes.bar(*bars[:2], yerr=bars[2], ecolor="red")
-            axes.tick_params(axis="x", labelrotation=20)
-        axes.set(**texts)
-        figure.savefig(args.figures / f"{name}.png", dpi=120)
 
+def write_figures(args, scored: dict[str, Scored], tasks: dict[str, dict[str, Cell]]) -> None:
+    """Fig. 5b and 5d (thresholds and losses of each run), Fig. 8, and what WiSE-FT trades."""
+    of_fig_5 = {"thresholds": [f"threshold_{k}" for k in KINDS], "losses": ["itc", "imc", "cmr"]}
     for log in (Path(ckpt).parent / "log.jsonl" for ckpt in args.ckpt or ()):
-        if log.exists():
-            with reading(log, "a log of ce_clip.py"):
-                steps = [json.loads(line) for line in log.read_text().splitlines()]
-                at = [s["step"] for s in steps]
-            names = {
-                "thresholds": [f"threshold_{k}" for k in KINDS],
-                "losses": ["itc", "imc", "cmr"],
-            }
-            for what, keys in names.items():
-                curves = [(k, at, [s[k] for s in steps]) for k in keys if k in steps[0]]
-                save(f"fig5-{log.parent.name}-{what}", curves, title=what, xlabel="step")
+        if not log.exists():
+            continue
+        with reading(log, "a log of ce_clip.py"):
+            steps = [json.loads(line) for line in log.read_text().splitlines()]
+            columns = {key: [step[key] for step in steps] for key in steps[0]}
+            at = columns["step"]
+        for name, keys in of_fig_5.items():
+            curves = [(key, at, columns[key]) for key in keys if key in columns]
+            path = args.figures / f"fig5-{log.parent.name}-{name}.png"
+            plot(path, curves, title=name, xlabel="step")
     titles = {"similarity": "S(T, T_hn)", "gap": "S(I, T) - S(I, T_hn)"}
     for key, s in scored.items():
         for column, (name, title) in enumerate(titles.items() if s.fig_8 else ()):
             mean, low, high = torch.stack(list(s.fig_8.values()))[:, :, column].T
             error = torch.stack([mean - low, high - mean]).clamp(min=0).tolist()
-            save(f"fig8-{key}-{name}", bars=(list(s.fig_8), mean.tolist(), error), title=title)
+            bars = list(s.fig_8), mean.tolist(), error
+            plot(args.figures / f"fig8-{key}-{name}.png", bars=bars, title=title)
     if args.wise:
+
+        def mean(row, compositional):
+            of_sort = [c for task, c in tasks.items() if (task in COMPOSITIONAL) == compositional]
+            return torch.tensor([c[row].value for c in of_sort if row in c]).nanmean().item()
+
+        rows = {ckpt: [f"{ckpt}, WiSE {alpha:g}" for alpha in args.wise] for ckpt in args.ckpt}
         curves = [
-            (ckpt, *zip(*(gain[row] for row in gain if row.startswith(f"{ckpt}, WiSE"))))
-            for ckpt in args.ckpt
+            (ckpt, *([mean(row, sort) for row in its] for sort in (False, True)))
+            for ckpt, its in rows.items()
         ]
-        axes = {"xlabel": "standard tasks, mean %", "ylabel": "compositional tasks, mean %"}
-        save("wise", curves, title=f"WiSE-FT, alpha {args.wise}", **axes)
+        labels = {"xlabel": "standard tasks, mean %", "ylabel": "compositional tasks, mean %"}
+        plot(args.figures / "wise.png", curves, title=f"WiSE-FT, alpha {args.wise}", **labels)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1021,14 +1004,11 @@ TOY_RUNS = {  # row of the table: run of ce_clip.py
 
 def toy_checkpoints() -> dict[str, str]:
     """{row: last checkpoint} of the runs that `python ce_clip.py` made."""
-    found = {}
-    for row, folder in TOY_RUNS.items():
-        epochs = Path("runs", folder).glob("epoch_*.pt")
-        if last := max(epochs, key=lambda path: int(path.stem.split("_")[1]), default=None):
-            found[row] = str(last)
-    if not found:
+    found = {row: [*Path("runs", run).glob("epoch_*.pt")] for row, run in TOY_RUNS.items()}
+    if not any(found.values()):
         raise BadInput("no runs/toy: run python ce_clip.py first, or give --ckpt")
-    return found
+    last = {row: max(paths, key=lambda p: int(p.stem[6:])) for row, paths in found.items() if paths}
+    return {row: str(path) for row, path in last.items()}
 
 
 def interpolate(base: Loaded, tuned: Loaded, alpha: float) -> Loaded:
@@ -1058,59 +1038,38 @@ def load_models(args: argparse.Namespace) -> dict[str, Loaded]:
     return models
 
 
-def plan(args: argparse.Namespace) -> dict[str, tuple[Benchmark, list[Item], list[str]]]:
-    """{key: (benchmark, items, absent files)} of all that is asked for."""
-    asked = {key: BENCHMARKS[key] for key in args.bench if key in BENCHMARKS}
-    if args.pairs:
-        title = f"Negatives of {args.pairs}"
-        asked["pairs"] = Benchmark(title, negatives_items, pairs_columns, analysis=True)
-    if args.captions:
-        items = functools.partial(retrieval_items, source=(args.captions, args.images))
-        title = f"Retrieval, {args.captions}"
-        asked["captions"] = Benchmark(title, items, more=retrieval_cells)
-    if not (args.bench or asked):
-        asked["toy"] = Benchmark("Toy world, unseen scenes", toy_items, more=toy_cells)
-    planned = {}
-    for key, benchmark in asked.items():
-        own = key in BENCHMARKS
-        files = Files(Path(args.data_root if own else ""))
-        planned[key] = benchmark, list(benchmark.items(files, args)), files.absent
-    return planned
+def plan(args: argparse.Namespace) -> tuple[dict[str, tuple], list[str]]:
+    """{key: (benchmark, items, absent files)} of what can be scored, and why the rest cannot."""
+    asked = [key for key in dict.fromkeys(args.bench) if key in BENCHMARKS]
+    asked += [key for key in ("pairs", "captions") if vars(args)[key]]
+    planned, notes = {}, []
+    for key in asked if args.bench or asked else ["toy"]:
+        b = BENCHMARKS[key]
+        b = b._replace(title=b.title.format_map(vars(args)))
+        files = Files(Path(args.data_root if key in GET else ""))
+        items = list(b.items(files, args, key))
+        pictures = dict.fromkeys(item.image for item in items)
+        if any(map(os.path.exists, pictures)):
+            planned[key] = b, items, files.absent
+            continue
+        absent = files.absent or [*pictures] or ["its files"]
+        more = f" and {len(absent) - 1} more are" if len(absent) > 1 else " is"
+        get = f". Get {GET[key]}" if key in GET else ""
+        notes.append(f"{b.title} is not scored: {absent[0]}{more} absent{get}")
+    return planned, notes
 
 
 def plan_zero_shot(args: argparse.Namespace) -> tuple[dict[str, ImageSet], list[str]]:
-    """(the sets that are there, a line for each that is not)."""
-    names = [name for name in ZERO_SHOT if {"zeroshot", name} & {*args.bench}]
-    found = {name: image_set(Path(args.data_root), name, args.download) for name in names}
-    absent = [
-        f"zero-shot {name} is not scored: {s}" for name, s in found.items() if isinstance(s, str)
-    ]
-    if absent and len(absent) == len(ZERO_SHOT):
-        absent = [f"zero-shot: none of the sets is in {args.data_root}/zeroshot: see README"]
-    return {name: s for name, s in found.items() if isinstance(s, ImageSet)}, absent
-
-
-def score_zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, Cell]]:
-    """{row: {set: score}}, and their mean over ELEVATER's 20 if all are there."""
-    rows = defaultdict(dict)
-    for name, images in sets.items():
-        for row, value in zero_shot(scorer, name, images).items():
-            rows[row][name] = value
-    elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
-    for cells in rows.values():
-        value = average(elevater, {name: c.value for name, c in cells.items()})
-        cells["ELEVATER"] = Cell(value, len({*elevater} & {*cells}), len(elevater))
-    return dict(rows)
-
-
-def gains(results: dict[str, dict[str, dict[str, Cell]]]) -> dict[str, tuple[float, float]]:
-    """{row: (mean of its standard, of its compositional tasks of TABLE_5)}, of the whole ones."""
-    found = defaultdict(lambda: ([], []))
-    for task, (benchmark, column, *_) in TABLE_5.items():
-        for row, cells in results.get(benchmark, {}).items():
-            if column in cells and not math.isnan(cells[column].value):
-                found[row][task in COMPOSITIONAL].append(cells[column].value)
-    return {row: tuple(sum(v) / len(v) if v else NAN for v in both) for row, both in found.items()}
+    """{name: set} of what can be scored, and why the rest cannot."""
+    sets, notes = {}, []
+    for name in (name for name in ZERO_SHOT if {"zeroshot", name} & {*args.bench}):
+        try:
+            sets[name] = image_set(Path(args.data_root), name, args.download)
+        except BadInput as e:
+            notes.append(f"zero-shot {name} is not scored: {e}")
+    if len(notes) == len(ZERO_SHOT):
+        notes = [f"zero-shot: none of the sets is in {args.data_root}/zeroshot: see README"]
+    return sets, notes
 
 
 def parse_args() -> argparse.Namespace:
@@ -1122,24 +1081,14 @@ def parse_args() -> argparse.Namespace:
     add("--base", help="checkpoint or tag before fine-tuning: differences to it are shown")
     add("--wise", nargs="+", type=float, metavar="ALPHA", help="WiSE-FT: (1 - a) base + a ckpt")
     add = p.add_argument_group("benchmarks").add_argument
-    names = [*BENCHMARKS, "zeroshot"]
+    names = [key for key in BENCHMARKS if key in GET] + ["zeroshot"]
+    choices = [*names, *ZERO_SHOT]
     add("--data-root", help="folder of the benchmarks: see README")
-    add(
-        "--bench",
-        nargs="+",
-        choices=names + list(ZERO_SHOT),
-        metavar="NAME",
-        help=f"of {names} [all]",
-    )
+    add("--bench", nargs="+", choices=choices, metavar="NAME", help=f"of {names} [all]")
     add("--pairs", help="score the kinds of a .jsonl of negatives.py")
     add("--captions", help="retrieval on a COCO or Karpathy captions file")
     add("--images", help="picture folder of --pairs or --captions")
-    add(
-        "--vlc-rows",
-        type=int,
-        default=1000,
-        help="first rows of a VL-CheckList file, 0: all [paper]",
-    )
+    add("--vlc-rows", type=int, default=1000, help="first of a VL-CheckList file, 0: all [paper]")
     add("--download", action="store_true", help="let torchvision fetch zero-shot test sets")
     add("--strict", action="store_true", help="fail if a benchmark is absent or partial")
     add = p.add_argument_group("running").add_argument
@@ -1149,11 +1098,7 @@ def parse_args() -> argparse.Namespace:
     add = p.add_argument_group("output").add_argument
     add("--out", type=Path, help="folder for results.json and results.md")
     add("--items", action="store_true", help="items.jsonl in --out: each single decision")
-    add(
-        "--examples",
-        type=Path,
-        help="folder for sheets of pictures and what was chosen (Fig. 9, 10)",
-    )
+    add("--examples", type=Path, help="folder for sheets of what was chosen (Fig. 9, 10)")
     add("--figures", type=Path, help="folder for Fig. 5 and 8 and WiSE-FT, by matplotlib")
     args = p.parse_args()
     if bool(args.pairs or args.captions) != bool(args.images):
@@ -1175,17 +1120,8 @@ def main() -> None:
     for folder in filter(None, (args.out, args.examples, args.figures)):
         with writing(folder / "x"):
             pass
-    planned = plan(args)
-    (sets, absent_sets), notes = plan_zero_shot(args), []
-    for key, (b, items, absent) in list(planned.items()):
-        if not any(os.path.exists(path) for path in dict.fromkeys(i.image for i in items)):
-            first = absent or [items[0].image if items else "its files"]
-            what = (
-                f"{first[0]} and {len(first) - 1} more are" if len(first) > 1 else f"{first[0]} is"
-            )
-            get = f". Get {b.get}" if b.get else ""
-            notes.append(f"{b.title} is not scored: {what} absent{get}")
-            del planned[key]
+    planned, notes = plan(args)
+    sets, absent_sets = plan_zero_shot(args)
     notes += absent_sets
     if not planned and not sets:
         raise BadInput("; ".join(notes))
@@ -1194,21 +1130,16 @@ def main() -> None:
     scorer = Scorer(load_models(args), args)
     items = [item for _, items, _ in planned.values() for item in items]
     features = scorer.encode(items) if items else {}
-    scored = {
-        key: score_benchmark(b, items, absent, features)
-        for key, (b, items, absent) in planned.items()
-    }
-    results = {key: s.cells for key, s in scored.items()}
+    scored = {key: score_benchmark(*parts, features) for key, parts in planned.items()}
     text = [report(key, s) for key, s in scored.items()]
+    results = {key: s.cells for key, s in scored.items()}
     if sets:
-        results["zeroshot"] = score_zero_shot(scorer, sets)
-        metrics = {name: ZERO_SHOT[name][1] for name in sets}
-        text.append(
-            "## Zero-shot classification, %\n\n"
-            + markdown({"metric": metrics} | results["zeroshot"])
-        )
-    text.append(headline(results, args.base))
-    text.append("\n".join(notes))
+        results["zeroshot"] = zero_shot(scorer, sets)
+        metrics = {"metric": {name: ZERO_SHOT[name][1] for name in sets}}
+        table = markdown(metrics | results["zeroshot"])
+        text.append(f"## Zero-shot classification, %\n\n{table}")
+    tasks = table_5(results)
+    text += [headline(tasks, args.base), "\n".join(notes)]
     text = "\n\n".join(filter(None, text)) + "\n"
     print(text)
     if args.out:
@@ -1217,8 +1148,8 @@ def main() -> None:
         if args.examples:
             write_examples(args.examples / f"{key}.png", s)
     if args.figures:
-        write_figures(args, scored, gains(results))
-    if args.strict and (partial := [s.benchmark.title for s in scored.values() if s.partial]):
+        write_figures(args, scored, tasks)
+    if args.strict and (partial := [s.title for s in scored.values() if s.partial]):
         raise BadInput(f"partial, for pictures or files are absent: {', '.join(partial)}")
 
 
