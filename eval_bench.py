@@ -89,6 +89,14 @@ class Files:
                     yield item._replace(image=str(self.root / item.image))
 
 
+# A column is a group, [..] the unweighted mean of its branches, or (..) the mean over all items.
+Tree = str | list | tuple
+
+
+def leaves(tree: Tree) -> list[str]:
+    return [tree] if isinstance(tree, str) else [leaf for branch in tree for leaf in leaves(branch)]
+
+
 # ---- Benchmarks: each yields its items, whether or not the picture is there ----------------------
 
 
@@ -104,39 +112,35 @@ def aro_items(files: Files, *_) -> Iterator[Item]:
     return files.items("aro/visual_genome_{}.json", ("relation", "attribution"), item)
 
 
-# 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one.
-ARO_DROPPED = """
-adjusting, attached to, between, bigger than, biting, boarding, brushing, chewing, cleaning,
-climbing, close to, coming from, coming out of, contain, crossing, dragging, draped over,
-drinking, drinking from, driving, driving down, driving on, eating from, eating in, enclosing,
-exiting, facing, filled with, floating in, floating on, flying, flying above, flying in, flying
-over, flying through, full of, going down, going into, going through, grazing in, growing in,
-growing on, guiding, hanging from, hanging in, hanging off, hanging over, higher than, holding
-onto, hugging, in between, jumping off, jumping on, jumping over, kept in, larger than, leading,
-leaning over, leaving, licking, longer than, looking in, looking into, looking out, looking over,
-looking through, lying next to, lying on top of, making, mixed with, mounted on, moving, on the
-back of, on the edge of, on the front of, on the other side of, opening, painted on, parked at,
-parked beside, parked by, parked in, parked in front of, parked near, parked next to, perched on,
-petting, piled on, playing, playing in, playing on, playing with, pouring, reaching for, reading,
-reflected on, riding on, running in, running on, running through, seen through, sitting behind,
-sitting beside, sitting by, sitting in front of, sitting near, sitting next to, sitting under,
-skiing down, skiing on, sleeping in, sleeping on, smiling at, sniffing, splashing, sprinkled on,
-stacked on, standing against, standing around, standing behind, standing beside, standing in front
-of, standing near, standing next to, staring at, stuck in, surrounding, swimming in, swinging,
-talking to, topped with, touching, traveling down, traveling on, tying, typing on, underneath,
-wading in, waiting for, walking across, walking by, walking down, walking next to, walking
-through, working in, working on, worn on, wrapped around, wrapped in, by, of, near, next to, with,
-beside, on the side of, around
+# 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one;
+# "drinking -/from" are two, "drinking" and "drinking from".
+_ARO_DROPPED = """
+adjusting, around, attached to, beside, between, bigger than, biting, boarding, brushing, by,
+chewing, cleaning, climbing, close to, coming from/out of, contain, crossing, dragging, draped over,
+drinking -/from, driving -/down/on, eating from/in, enclosing, exiting, facing, filled with,
+floating in/on, flying -/above/in/over/through, full of, going down/into/through, grazing in,
+growing in/on, guiding, hanging from/in/off/over, higher than, holding onto, hugging, in between,
+jumping off/on/over, kept in, larger than, leading, leaning over, leaving, licking, longer than,
+looking in/into/out/over/through, lying next to/on top of, making, mixed with, mounted on, moving,
+near, next to, of, on the back of/the edge of/the front of/the other side of/the side of, opening,
+painted on, parked at/beside/by/in/in front of/near/next to, perched on, petting, piled on, playing
+-/in/on/with, pouring, reaching for, reading, reflected on, riding on, running in/on/through, seen
+through, sitting behind/beside/by/in front of/near/next to/under, skiing down/on, sleeping in/on,
+smiling at, sniffing, splashing, sprinkled on, stacked on, standing against/around/behind/beside/in
+front of/near/next to, staring at, stuck in, surrounding, swimming in, swinging, talking to, topped
+with, touching, traveling down/on, tying, typing on, underneath, wading in, waiting for, walking
+across/by/down/next to/through, with, working in/on, worn on, wrapped around/in
 """
+_VERBS = re.findall(r"(\w+) ?([^,]*)", " ".join(_ARO_DROPPED.split()))
+ARO_DROPPED = {f"{verb} {end}".rstrip(" -") for verb, ends in _VERBS for end in ends.split("/")}
 
 
 def aro_columns(groups: dict) -> dict:
     """Means over relations, but for ARO_DROPPED, and over pairs of attributes with >= 25 cases."""
     relations = [g for g in groups if g.startswith("relation/")]
-    attributes = [g for g, a in groups.items() if g.startswith("attribution/") and a.all >= 25]
-    dropped = " ".join(ARO_DROPPED.split()).split(", ")
-    kept = [g for g in relations if g.removeprefix("relation/") not in dropped]
-    return {"Relation": kept, "Attribution": attributes}
+    kept = [g for g in relations if g.removeprefix("relation/") not in ARO_DROPPED]
+    pairs = [g for g, a in groups.items() if g.startswith("attribution/") and a.all >= 25]
+    return {"Relation": kept, "Attribution": pairs}
 
 
 VALSE = {  # column of Table 1: files
@@ -179,7 +183,7 @@ def valse_columns(_) -> dict:
     return VALSE | {"Avg 11 files": leaves(columns), "Avg 9 columns": columns}
 
 
-def below(folder: str, tree: "Tree") -> "Tree":
+def below(folder: str, tree: Tree) -> Tree:
     return f"{folder}/{tree}" if isinstance(tree, str) else [below(folder, b) for b in tree]
 
 
@@ -193,11 +197,10 @@ def vlc_columns(_) -> dict:
     files["Object/Location"] = [below(t, sources) for t in ("center", "mid", "margin")]
     files["Object/Size"] = [below(t, sources) for t in ("large", "medium", "small")]
     files |= {"Relation/action": ["vg", "swig", "hake"], "Relation/spatial": ["vg"]}
-    cells = {cell: below(cell, tree) for cell, tree in files.items()}
-    groups = {
-        group: [tree for cell, tree in cells.items() if cell.startswith(group)]
-        for group in ("Attribute", "Object", "Relation")
-    }
+    cells = {name: below(name, tree) for name, tree in files.items()}
+    groups = {name.split("/")[0]: [] for name in cells}
+    for name, tree in cells.items():
+        groups[name.split("/")[0]].append(tree)
     return cells | groups | {"Avg": [*cells.values()]}
 
 
@@ -450,16 +453,11 @@ class Cell(NamedTuple):
     with no paper."""
 
     value: float
-    scored: int
-    all: int
+    scored: int = 0
+    all: int = 0
 
-
-# A column is a group, [..] the unweighted mean of its branches, or (..) the mean over all items.
-Tree = str | list | tuple
-
-
-def leaves(tree: Tree) -> list[str]:
-    return [tree] if isinstance(tree, str) else [leaf for branch in tree for leaf in leaves(branch)]
+    def __str__(self) -> str:
+        return ("partial" if self.scored else "") if isnan(self.value) else f"{self.value:.1f}"
 
 
 def average(tree: Tree, percent: dict[str, float]) -> float:
@@ -663,9 +661,8 @@ def map_11_point(scores: Tensor, target: Tensor) -> float:
 
 def roc_auc(scores: Tensor, target: Tensor) -> float:
     """Share of (positive, negative) pairs in the right order, a tie is half; of two classes."""
-    positive, negative = scores[target == 1, 1], scores[target == 0, 1].sort().values
-    ranks = [torch.searchsorted(negative, positive, right=right) for right in (False, True)]
-    return (sum(ranks).double().mean() / 2 / len(negative)).item()
+    lead = scores[target == 1, 1][:, None] - scores[target == 0, 1]
+    return (1 + lead.sign().double().mean().item()) / 2
 
 
 # ---- The benchmarks, and the paper's rows --------------------------------------------------------
@@ -673,16 +670,14 @@ def roc_auc(scores: Tensor, target: Tensor) -> float:
 
 class Benchmark(NamedTuple):
     title: str  # with fields of the arguments
-    items: Callable[[Files, argparse.Namespace], Iterable[Item]]
-    columns: Callable[[dict[str, Accuracy]], dict[str, Tree]] = lambda groups: dict(
-        zip(groups, groups)
-    )
+    items: Callable[[Files, argparse.Namespace, str], Iterable[Item]]  # str: its name in BENCHMARKS
+    columns: Callable[[dict], dict[str, Tree]] = lambda groups: {group: group for group in groups}
     more: Callable[[list[Item], Features], dict[str, Cell]] = lambda *_: {}  # further columns
     analysis: bool = False  # with the intervals of Fig. 8
 
 
 def pairs_columns(groups: dict) -> dict:
-    return dict(zip(groups, groups)) | {"mean": list(groups)}
+    return {group: group for group in groups} | {"mean": list(groups)}
 
 
 def toy_cells(items: list[Item], features: Features) -> dict[str, Cell]:
@@ -755,38 +750,30 @@ TABLE_5 = {  # task: benchmark, column, and where the paper has them the values 
 COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe", "negatives")
 
 
-def paper_rows(key: str) -> dict[str, dict[str, float]]:
+def paper_rows(key: str) -> dict[str, dict[str, Cell]]:
     """The paper's printed columns, and the averages that follow from them: two it misprints."""
-    columns, rows = BENCHMARKS[key].columns({}), {}
+    columns, rows = BENCHMARKS[key].columns({}), defaultdict(dict)
     for name, *values in map(str.split, PAPER[key].split(",") if key in PAPER else ()):
         printed = dict(zip(columns, map(float, values)))
         leaf = {leaf: v for column, v in printed.items() for leaf in leaves(columns[column])}
         means = {c: average(t, leaf) for c, t in columns.items() if not isinstance(t, tuple)}
-        rows[f"{name} (paper)"] = means | printed
-    if rows:
-        return rows
-    for benchmark, column, *values in TABLE_5.values():  # where the paper has no other table
-        for name, value in zip(PAPER_5, values) if benchmark == key else ():
-            rows.setdefault(name, {})[column] = value
+        rows[f"{name} (paper)"] = {c: Cell(v) for c, v in (means | printed).items()}
+    for benchmark, column, *values in TABLE_5.values():
+        for name, value in zip(PAPER_5, values) if benchmark == key and key not in PAPER else ():
+            rows[name][column] = Cell(value)
     return rows
 
 
 # ---- Reports -------------------------------------------------------------------------------------
 
 
-def markdown(rows: dict[str, dict[str, str | float | Cell]]) -> str:
-    """A table with the columns of all rows, numbers with one decimal."""
-
-    def text(value) -> str:
-        if isinstance(value, Cell):
-            value = "partial" if isnan(value.value) and value.scored else value.value
-        if isinstance(value, float):
-            value = "" if isnan(value) else f"{value:.1f}"
-        return str("" if value is None else value)
-
+def markdown(rows: dict[str, dict[str, str | Cell]]) -> str:
+    """A table with the columns of all rows."""
     columns = list(dict.fromkeys(column for row in reversed(rows.values()) for column in row))
     lines = [["", *columns]]
-    lines += [[name, *(text(row.get(column)) for column in columns)] for name, row in rows.items()]
+    lines += [
+        [name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()
+    ]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
@@ -840,14 +827,10 @@ def report(key: str, s: Scored) -> str:
     )
     if s.fig_8:
         text.append("Representations (Fig. 8), cosines in % with 99 % bootstrap intervals:")
-        names = "similarity of caption and negative", "gap between them for the picture"
-        rows = {
-            row: {
-                name: "{:.2f} [{:.2f}, {:.2f}]".format(*(100 * v).tolist())
-                for name, v in zip(names, values.T)
-            }
-            for row, values in s.fig_8.items()
-        }
+        names, rows = ("similarity of caption and negative", "gap between them for the picture"), {}
+        for row, values in s.fig_8.items():
+            means = ["{:.2f} [{:.2f}, {:.2f}]".format(*v) for v in (100 * values.T).tolist()]
+            rows[row] = dict(zip(names, means))
         text.append(markdown(rows))
     return "\n\n".join(text)
 
@@ -865,11 +848,11 @@ def headline(tasks: dict[str, dict[str, Cell]], base: str | None) -> str:
     """Table 5: what composition gained beside what retrieval and classification lost."""
     rows = {}
     for task, cells in tasks.items():
-        rows[task] = dict(zip(PAPER_5, TABLE_5[task][2:])) | cells
+        rows[task] = dict(zip(PAPER_5, map(Cell, TABLE_5[task][2:]))) | cells
         for row, cell in cells.items() if base in cells else ():
             gain = cell.value - cells[base].value
             if row != base and not isnan(gain):
-                rows[task][row] = f"{cell.value:.1f} ({gain:+.1f})"
+                rows[task][row] = f"{cell} ({gain:+.1f})"
     title = "## Gain and forgetting (Table 5)" + (f", difference to {base}" if base else "")
     return f"{title}\n\n{markdown(rows)}" if rows else ""
 
@@ -896,10 +879,9 @@ def write_results(args, text: str, results: dict, scored: dict[str, Scored]) -> 
     """results.md, results.json, with --items items.jsonl; the same run writes the same bytes."""
     packages = ("torch", "open_clip_torch", "spacy", "transformers")
     files = [path for path in (args.base, *(args.ckpt or ())) if path and Path(path).is_file()]
+    places = "out", "examples", "figures"
     content = {
-        "settings": {
-            k: v for k, v in vars(args).items() if k not in ("out", "examples", "figures")
-        },
+        "settings": {k: v for k, v in vars(args).items() if k not in places},
         "versions": {name: version(name) for name in packages},
         "sha256": {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files},
         "cells": plain(results),
@@ -977,19 +959,22 @@ def write_figures(args, scored: dict[str, Scored], tasks: dict[str, dict[str, Ce
             error = torch.stack([mean - low, high - mean]).clamp(min=0).tolist()
             bars = list(s.fig_8), mean.tolist(), error
             plot(args.figures / f"fig8-{key}-{name}.png", bars=bars, title=title)
-    if args.wise:
-
-        def mean(row, compositional):
-            of_sort = [c for task, c in tasks.items() if (task in COMPOSITIONAL) == compositional]
-            return torch.tensor([c[row].value for c in of_sort if row in c]).nanmean().item()
-
-        rows = {ckpt: [f"{ckpt}, WiSE {alpha:g}" for alpha in args.wise] for ckpt in args.ckpt}
-        curves = [
-            (ckpt, *([mean(row, sort) for row in its] for sort in (False, True)))
-            for ckpt, its in rows.items()
-        ]
+    curves = []
+    for ckpt in args.ckpt if args.wise else ():
+        rows = [f"{ckpt}, WiSE {alpha:g}" for alpha in args.wise]
+        standard, compositional = (
+            [mean_of_tasks(tasks, r, c) for r in rows] for c in (False, True)
+        )
+        curves.append((ckpt, standard, compositional))
+    if curves:
         labels = {"xlabel": "standard tasks, mean %", "ylabel": "compositional tasks, mean %"}
         plot(args.figures / "wise.png", curves, title=f"WiSE-FT, alpha {args.wise}", **labels)
+
+
+def mean_of_tasks(tasks: dict[str, dict[str, Cell]], row: str, compositional: bool) -> float:
+    """Of one model's tasks of that sort, of those that are whole; nan if there are none."""
+    of_sort = [cells for task, cells in tasks.items() if (task in COMPOSITIONAL) == compositional]
+    return torch.tensor([cells[row].value for cells in of_sort if row in cells]).nanmean().item()
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1038,11 +1023,12 @@ def load_models(args: argparse.Namespace) -> dict[str, Loaded]:
     return models
 
 
-def plan(args: argparse.Namespace) -> tuple[dict[str, tuple], list[str]]:
-    """{key: (benchmark, items, absent files)} of what can be scored, and why the rest cannot."""
+def plan(args: argparse.Namespace) -> tuple[dict[str, tuple], dict[str, ImageSet], list[str]]:
+    """{key: (benchmark, items, absent files)} and {name: zero-shot set} of what is asked for and
+    can be scored, and a line for each that cannot."""
     asked = [key for key in dict.fromkeys(args.bench) if key in BENCHMARKS]
     asked += [key for key in ("pairs", "captions") if vars(args)[key]]
-    planned, notes = {}, []
+    planned, sets, notes = {}, {}, []
     for key in asked if args.bench or asked else ["toy"]:
         b = BENCHMARKS[key]
         b = b._replace(title=b.title.format_map(vars(args)))
@@ -1056,20 +1042,15 @@ def plan(args: argparse.Namespace) -> tuple[dict[str, tuple], list[str]]:
         more = f" and {len(absent) - 1} more are" if len(absent) > 1 else " is"
         get = f". Get {GET[key]}" if key in GET else ""
         notes.append(f"{b.title} is not scored: {absent[0]}{more} absent{get}")
-    return planned, notes
-
-
-def plan_zero_shot(args: argparse.Namespace) -> tuple[dict[str, ImageSet], list[str]]:
-    """{name: set} of what can be scored, and why the rest cannot."""
-    sets, notes = {}, []
-    for name in (name for name in ZERO_SHOT if {"zeroshot", name} & {*args.bench}):
+    absent = []
+    for name in [name for name in ZERO_SHOT if {"zeroshot", name} & {*args.bench}]:
         try:
             sets[name] = image_set(Path(args.data_root), name, args.download)
         except BadInput as e:
-            notes.append(f"zero-shot {name} is not scored: {e}")
-    if len(notes) == len(ZERO_SHOT):
-        notes = [f"zero-shot: none of the sets is in {args.data_root}/zeroshot: see README"]
-    return sets, notes
+            absent.append(f"zero-shot {name} is not scored: {e}")
+    if len(absent) == len(ZERO_SHOT):
+        absent = [f"zero-shot: none of the sets is in {args.data_root}/zeroshot: see README"]
+    return planned, sets, notes + absent
 
 
 def parse_args() -> argparse.Namespace:
@@ -1120,9 +1101,7 @@ def main() -> None:
     for folder in filter(None, (args.out, args.examples, args.figures)):
         with writing(folder / "x"):
             pass
-    planned, notes = plan(args)
-    sets, absent_sets = plan_zero_shot(args)
-    notes += absent_sets
+    planned, sets, notes = plan(args)
     if not planned and not sets:
         raise BadInput("; ".join(notes))
     if args.strict and notes:
