@@ -22,6 +22,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from math import isnan, nan
 from pathlib import Path
 from typing import NamedTuple
@@ -603,9 +604,7 @@ def image_set(root: Path, name: str, download: bool) -> ImageSet:
     own = [str(c).replace("_", " ") for c in getattr(base, "classes", ())]
     classes = lines("classes.txt", open_clip.IMAGENET_CLASSNAMES if name == "imagenet-1k" else own)
     if not classes or own and len(own) != len(classes):
-        raise BadInput(
-            f"{folder / 'classes.txt'} must name its {len(own) or ''} classes, one a line"
-        )
+        raise BadInput(f"{folder}/classes.txt must name {len(own) or 'all'} classes, one a line")
     prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     return ImageSet(base, classes, lines("templates.txt", prompts), globals()[metric])
 
@@ -706,8 +705,8 @@ BENCHMARKS = {
 }
 SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 GET = {  # what to download, how large, where to put it: of the benchmarks in --data-root
-    "aro": "of https://github.com/mertyg/vision-language-models-are-bows: "
-    "visual_genome_{relation,attribution}.json and images/ (1 GB) in aro/",
+    "aro": "visual_genome_{relation,attribution}.json and images/ (1 GB) of "
+    "https://github.com/mertyg/vision-language-models-are-bows in aro/",
     "valse": "data/*.json of https://github.com/Heidelberg-NLP/VALSE in valse/; pictures: README",
     "vlc": "corpus/ and data/ of https://github.com/om-ai-lab/VL-CheckList in vl_checklist/; "
     "pictures: README",
@@ -875,10 +874,10 @@ def plain(x):
     return None if isinstance(x, float) and isnan(x) else x
 
 
-def write_results(args, text: str, results: dict, scored: dict[str, Scored]) -> None:
+def write_results(args, paths, text: str, results: dict, scored: dict[str, Scored]) -> None:
     """results.md, results.json, with --items items.jsonl; the same run writes the same bytes."""
     packages = ("torch", "open_clip_torch", "spacy", "transformers")
-    files = [path for path in (args.base, *(args.ckpt or ())) if path and Path(path).is_file()]
+    files = [path for path in (args.base, *paths.values()) if path and Path(path).is_file()]
     places = "out", "examples", "figures"
     content = {
         "settings": {k: v for k, v in vars(args).items() if k not in places},
@@ -922,10 +921,8 @@ def write_examples(path: Path, s: Scored) -> None:
 
 def plot(path: Path, curves=(), bars=None, **texts) -> None:
     """Curves (label, x, y), or bars (names, heights, errors)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise BadInput("--figures needs matplotlib: pip install matplotlib") from e
+    from matplotlib.figure import Figure  # an optional package: main looks for it
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for label, x, y in curves:
@@ -938,10 +935,10 @@ def plot(path: Path, curves=(), bars=None, **texts) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_figures(args, scored: dict[str, Scored], tasks: dict[str, dict[str, Cell]]) -> None:
+def write_figures(args, paths, scored: dict[str, Scored], tasks: dict) -> None:
     """Fig. 5b and 5d (thresholds and losses of each run), Fig. 8, and what WiSE-FT trades."""
     of_fig_5 = {"thresholds": [f"threshold_{k}" for k in KINDS], "losses": ["itc", "imc", "cmr"]}
-    for log in (Path(ckpt).parent / "log.jsonl" for ckpt in args.ckpt or ()):
+    for log in dict.fromkeys(Path(path).parent / "log.jsonl" for path in paths.values()):
         if not log.exists():
             continue
         with reading(log, "a log of ce_clip.py"):
@@ -960,7 +957,7 @@ def write_figures(args, scored: dict[str, Scored], tasks: dict[str, dict[str, Ce
             bars = list(s.fig_8), mean.tolist(), error
             plot(args.figures / f"fig8-{key}-{name}.png", bars=bars, title=title)
     curves = []
-    for ckpt in args.ckpt if args.wise else ():
+    for ckpt in paths if args.wise else ():
         rows = [f"{ckpt}, WiSE {alpha:g}" for alpha in args.wise]
         standard, compositional = (
             [mean_of_tasks(tasks, r, c) for r in rows] for c in (False, True)
@@ -1009,9 +1006,8 @@ def interpolate(base: Loaded, tuned: Loaded, alpha: float) -> Loaded:
     return tuned._replace(model=model)
 
 
-def load_models(args: argparse.Namespace) -> dict[str, Loaded]:
-    """{row: model}: the base, the checkpoints, and with --wise what lies between."""
-    paths = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
+def load_models(args: argparse.Namespace, paths: dict[str, str]) -> dict[str, Loaded]:
+    """{row: model}: the base, the checkpoints of {row: path}, with --wise what lies between."""
     base = {args.base: load_model(args.base, args.model)} if args.base else {}
     models = dict(base)
     for row, path in paths.items():
@@ -1101,12 +1097,15 @@ def main() -> None:
     for folder in filter(None, (args.out, args.examples, args.figures)):
         with writing(folder / "x"):
             pass
+    if args.figures and not find_spec("matplotlib"):
+        raise BadInput("--figures needs matplotlib: pip install matplotlib")
+    paths = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
     planned, sets, notes = plan(args)
     if not planned and not sets:
         raise BadInput("; ".join(notes))
     if args.strict and notes:
         raise BadInput(notes[0])
-    scorer = Scorer(load_models(args), args)
+    scorer = Scorer(load_models(args, paths), args)
     items = [item for _, items, _ in planned.values() for item in items]
     features = scorer.encode(items) if items else {}
     scored = {key: score_benchmark(*parts, features) for key, parts in planned.items()}
@@ -1122,12 +1121,12 @@ def main() -> None:
     text = "\n\n".join(filter(None, text)) + "\n"
     print(text)
     if args.out:
-        write_results(args, text, results, scored)
+        write_results(args, paths, text, results, scored)
     for key, s in scored.items():
         if args.examples:
             write_examples(args.examples / f"{key}.png", s)
     if args.figures:
-        write_figures(args, scored, tasks)
+        write_figures(args, paths, scored, tasks)
     if args.strict and (partial := [s.title for s in scored.values() if s.partial]):
         raise BadInput(f"partial, for pictures or files are absent: {', '.join(partial)}")
 
