@@ -76,7 +76,7 @@ class Files:
         """build(group, entry) of the entries (of the first `rows`) of each group's file, a JSON
         list or object. None leaves an entry out; images are below the root. Raises BadInput."""
         for group in groups:
-            if not (path := self.find(pattern.format(group))):
+            if not (path := self.find(pattern.replace("{}", group))):
                 continue
             content = read_json(path)
             with reading(path, "a JSON list or object of items"):
@@ -263,7 +263,7 @@ def captions(files: Files, name: str, folder: str) -> Iterator[tuple[str, str]]:
 
 
 def retrieval_items(files: Files, args: argparse.Namespace, key: str) -> Iterator[Item]:
-    _, *source = KARPATHY.get(key) or (key, args.captions, args.images)
+    source = KARPATHY[key][1:] if key in KARPATHY else (args.captions, args.images)
     for image, text in captions(files, *source):
         yield Item("captions", image, None, pre_caption(text), ())
 
@@ -544,89 +544,6 @@ def bootstrap(values: Tensor, resamples=50_000, confidence=0.99, seed=0) -> Tens
 
 # ---- Zero-shot classification --------------------------------------------------------------------
 
-# ELEVATER's 20 test sets, and ImageNet: torchvision's class (-: a folder of pictures), metric
-_ZERO_SHOT = """
-imagenet-1k - accuracy; caltech-101 - mean_per_class; cifar-10 CIFAR10 accuracy;
-cifar-100 CIFAR100 accuracy; country211 Country211 accuracy; dtd DTD accuracy;
-eurosat_clip - accuracy; fer-2013 FER2013 accuracy; fgvc-aircraft FGVCAircraft mean_per_class;
-food-101 Food101 accuracy; gtsrb GTSRB accuracy; hateful-memes - roc_auc;
-kitti-distance - accuracy; mnist MNIST accuracy; oxford-flower-102 Flowers102 mean_per_class;
-oxford-iiit-pets OxfordIIITPet mean_per_class; patch-camelyon - accuracy;
-rendered-sst2 RenderedSST2 accuracy; resisc45_clip - accuracy; stanford-cars StanfordCars accuracy;
-voc-2007-classification VOCDetection map_11_point
-"""
-ZERO_SHOT = {name: rest for name, *rest in map(str.split, _ZERO_SHOT.split(";"))}
-# of these options those that a class of torchvision's takes
-TEST_SPLIT = {"split": "test", "train": False, "year": "2007", "image_set": "test"}
-
-
-class ImageSet(NamedTuple):
-    base: Dataset  # of (picture, class number), or (picture, torchvision's VOC annotation)
-    classes: list[str]
-    templates: list[str]  # "a photo of a {}."
-    metric: Callable[[Tensor, Tensor], float]
-
-    def load(self, sample: tuple) -> tuple[Image.Image, int | Tensor]:
-        picture, target = sample
-        if isinstance(target, dict):  # VOC's difficult objects count as absent
-            objects = target["annotation"]["object"]
-            names = {o["name"] for o in objects if o["difficult"] == "0"}
-            target = torch.tensor([name in names for name in self.classes])
-        return picture.convert("RGB"), target
-
-
-def image_set(root: Path, name: str, download: bool) -> ImageSet:
-    """The test set of zeroshot/NAME: pictures in test/CLASS/, else torchvision's own files, which
-    it can download. Raises BadInput, also where the set is absent.
-
-    Class names are the lines of classes.txt, templates those of templates.txt, else the data set's
-    own names (ImageNet's: open_clip's, in the order of its folders) and open_clip's 80 templates.
-    """
-    folder, (kind, metric) = root / "zeroshot" / name, ZERO_SHOT[name]
-    if (folder / "test").is_dir():
-        with reading(folder / "test", "a folder with a folder of pictures for each class"):
-            base = torchvision.datasets.ImageFolder(folder / "test")
-    elif kind == "-":
-        raise BadInput(f"{folder / 'test'} is absent: a folder of pictures for each class")
-    else:
-        base = getattr(torchvision.datasets, kind)
-        options, known = TEST_SPLIT | {"download": download}, inspect.signature(base).parameters
-        try:
-            base = base(folder, **{k: v for k, v in options.items() if k in known})
-        except Exception as e:
-            found = f"torchvision finds no {kind} in {folder} (--download gets it)"
-            raise BadInput(f"{found}: {str(e).splitlines()[0]}") from e
-
-    def lines(file: str, default: list[str]) -> list[str]:
-        path = folder / file
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else default
-
-    own = [str(c).replace("_", " ") for c in getattr(base, "classes", ())]
-    classes = lines("classes.txt", open_clip.IMAGENET_CLASSNAMES if name == "imagenet-1k" else own)
-    if not classes or own and len(own) != len(classes):
-        raise BadInput(f"{folder}/classes.txt must name {len(own) or 'all'} classes, one a line")
-    prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    return ImageSet(base, classes, lines("templates.txt", prompts), globals()[metric])
-
-
-def zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, Cell]]:
-    """{row: {set: score in %}} of the softmax of 100 * cosine with a class's mean text [ELEVATER],
-    and the mean over ELEVATER's 20 if all are there."""
-    rows = {row: {} for row in scorer.models}
-    for name, images in sets.items():
-        features, targets = scorer.images(images.base, images.load, name)
-        prompts = [template.format(c) for c in images.classes for template in images.templates]
-        for row, texts in scorer.texts(prompts).items():
-            means = texts.unflatten(0, (len(images.classes), -1)).mean(1)  # (C, D)
-            scores = (100 * features[row] @ F.normalize(means).T).softmax(1)  # (N, C)
-            rows[row][name] = Cell(100 * images.metric(scores, targets), *[len(targets)] * 2)
-    elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
-    for cells in rows.values():
-        value = average(elevater, {name: c.value for name, c in cells.items()})
-        cells["ELEVATER"] = Cell(value, len({*elevater} & {*cells}), len(elevater))
-    return rows
-
-
 # Metrics: scores (N, C) are a softmax over the classes, target (N,) class numbers; 0 to 1.
 
 
@@ -662,6 +579,89 @@ def roc_auc(scores: Tensor, target: Tensor) -> float:
     """Share of (positive, negative) pairs in the right order, a tie is half; of two classes."""
     lead = scores[target == 1, 1][:, None] - scores[target == 0, 1]
     return (1 + lead.sign().double().mean().item()) / 2
+
+
+# ELEVATER's 20 test sets, and ImageNet: torchvision's class (-: a folder of pictures), metric
+_ZERO_SHOT = """
+imagenet-1k - accuracy; caltech-101 - mean_per_class; cifar-10 CIFAR10 accuracy;
+cifar-100 CIFAR100 accuracy; country211 Country211 accuracy; dtd DTD accuracy;
+eurosat_clip - accuracy; fer-2013 FER2013 accuracy; fgvc-aircraft FGVCAircraft mean_per_class;
+food-101 Food101 accuracy; gtsrb GTSRB accuracy; hateful-memes - roc_auc;
+kitti-distance - accuracy; mnist MNIST accuracy; oxford-flower-102 Flowers102 mean_per_class;
+oxford-iiit-pets OxfordIIITPet mean_per_class; patch-camelyon - accuracy;
+rendered-sst2 RenderedSST2 accuracy; resisc45_clip - accuracy; stanford-cars StanfordCars accuracy;
+voc-2007-classification VOCDetection map_11_point
+"""
+METRICS = {f.__name__: f for f in (accuracy, mean_per_class, map_11_point, roc_auc)}
+ZERO_SHOT = {name: (kind, METRICS[f]) for name, kind, f in map(str.split, _ZERO_SHOT.split(";"))}
+# of these options those that a class of torchvision's takes
+TEST_SPLIT = {"split": "test", "train": False, "year": "2007", "image_set": "test"}
+
+
+class ImageSet(NamedTuple):
+    base: Dataset  # of (picture, class number), or (picture, torchvision's VOC annotation)
+    classes: list[str]
+    templates: list[str]  # "a photo of a {}."
+    metric: Callable[[Tensor, Tensor], float]
+
+    def load(self, sample: tuple) -> tuple[Image.Image, int | Tensor]:
+        picture, target = sample
+        if isinstance(target, dict):  # VOC's difficult objects count as absent
+            objects = target["annotation"]["object"]
+            names = {o["name"] for o in objects if o["difficult"] == "0"}
+            target = torch.tensor([name in names for name in self.classes])
+        return picture.convert("RGB"), target
+
+
+def image_set(root: Path, name: str, download: bool) -> ImageSet:
+    """The test set of zeroshot/NAME: pictures in test/CLASS/, else torchvision's own files, which
+    it can download. Raises BadInput, also where the set is absent.
+
+    Class names are the lines of classes.txt, templates those of templates.txt, else the data set's
+    own names (ImageNet's: open_clip's, in the order of its folders) and open_clip's 80 templates.
+    """
+    folder, (kind, metric) = root / "zeroshot" / name, ZERO_SHOT[name]
+    if (folder / "test").is_dir():
+        with reading(folder / "test", "a folder with a folder of pictures for each class"):
+            base = torchvision.datasets.ImageFolder(folder / "test")
+    elif kind == "-":
+        raise BadInput(f"{folder / 'test'} is absent: a folder of pictures for each class")
+    else:
+        base = getattr(torchvision.datasets, kind)
+        options, known = TEST_SPLIT | {"download": download}, inspect.signature(base).parameters
+        hint = " (--download gets it)" if "download" in known else ""
+        with reading(folder, f"torchvision's {kind}{hint}"):
+            base = base(folder, **{k: v for k, v in options.items() if k in known})
+
+    def lines(file: str, default: list[str]) -> list[str]:
+        path = folder / file
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else default
+
+    own = [str(c).replace("_", " ") for c in getattr(base, "classes", ())]
+    classes = lines("classes.txt", open_clip.IMAGENET_CLASSNAMES if name == "imagenet-1k" else own)
+    if not classes or own and len(own) != len(classes):
+        raise BadInput(f"{folder}/classes.txt must name {len(own) or 'all'} classes, one a line")
+    prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    return ImageSet(base, classes, lines("templates.txt", prompts), metric)
+
+
+def zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, Cell]]:
+    """{row: {set: score in %}} of the softmax of 100 * cosine with a class's mean text [ELEVATER],
+    and the mean over ELEVATER's 20 if all are there."""
+    rows = {row: {} for row in scorer.models}
+    for name, images in sets.items():
+        features, targets = scorer.images(images.base, images.load, name)
+        prompts = [template.format(c) for c in images.classes for template in images.templates]
+        for row, texts in scorer.texts(prompts).items():
+            means = texts.unflatten(0, (len(images.classes), -1)).mean(1)  # (C, D)
+            scores = (100 * features[row] @ F.normalize(means).T).softmax(1)  # (N, C)
+            value = 100 * images.metric(scores, targets)
+            rows[row][name] = Cell(value, len(targets), len(targets))
+    elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
+    for cells in rows.values():
+        value = average(elevater, {name: c.value for name, c in cells.items()})
+        cells["ELEVATER"] = Cell(value, len({*elevater} & {*cells}), len(elevater))
+    return rows
 
 
 # ---- The benchmarks, and the paper's rows --------------------------------------------------------
@@ -883,11 +883,11 @@ def write_results(args, paths, text: str, results: dict, scored: dict[str, Score
         "settings": {k: v for k, v in vars(args).items() if k not in places},
         "versions": {name: version(name) for name in packages},
         "sha256": {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files},
-        "cells": plain(results),
-        "groups": {key: plain(s.groups) for key, s in scored.items()},
+        "cells": results,
+        "groups": {key: s.groups for key, s in scored.items()},
         "absent": {key: s.absent for key, s in scored.items()},
     }
-    save_text(args.out / "results.json", json.dumps(content, indent=1) + "\n")
+    save_text(args.out / "results.json", json.dumps(plain(content), indent=1) + "\n")
     save_text(args.out / "results.md", text)
     if args.items:
         lines = (json.dumps(d) + "\n" for d in decisions(scored))
@@ -902,15 +902,14 @@ def save_text(path: Path, text: str) -> None:
 
 def write_examples(path: Path, s: Scored) -> None:
     """A sheet in the manner of Fig. 9 and 10: twelve items, where the models differ first."""
-    last = list(s.cosines.values())[-1]
-    order = (~last[:, 1].isnan()).nonzero().flatten().tolist()
+    cosines = torch.stack([*s.cosines.values()])  # (models, N, 2)
+    order = (~cosines[0, :, 1].isnan()).nonzero().flatten().tolist()
     if not order:
         return
     order = random.Random(0).sample(order, len(order))
-    votes = torch.stack([cosines[:, 0] > cosines[:, 1] for cosines in s.cosines.values()], 1)
-    right = votes.sum(1).tolist()  # models
-    entries = []
-    for i in sorted(order, key=lambda i: (right[i] in (0, len(s.cosines)), right[i] > 0))[:12]:
+    votes = (cosines[..., 0] > cosines[..., 1]).T  # (N, models)
+    right, entries = votes.sum(1).tolist(), []
+    for i in sorted(order, key=lambda i: (right[i] in (0, len(cosines)), right[i] > 0))[:12]:
         item = s.items[i]
         lines = [(item.positive, toy.GREEN), (item.negatives[0], toy.RED)]
         chose = ("the true one" if vote else "the false one" for vote in votes[i])
@@ -1024,8 +1023,10 @@ def plan(args: argparse.Namespace) -> tuple[dict[str, tuple], dict[str, ImageSet
     can be scored, and a line for each that cannot."""
     asked = [key for key in dict.fromkeys(args.bench) if key in BENCHMARKS]
     asked += [key for key in ("pairs", "captions") if vars(args)[key]]
+    if not (args.bench or asked):
+        asked = ["toy"]
     planned, sets, notes = {}, {}, []
-    for key in asked if args.bench or asked else ["toy"]:
+    for key in asked:
         b = BENCHMARKS[key]
         b = b._replace(title=b.title.format_map(vars(args)))
         files = Files(Path(args.data_root if key in GET else ""))
@@ -1113,7 +1114,7 @@ def main() -> None:
     results = {key: s.cells for key, s in scored.items()}
     if sets:
         results["zeroshot"] = zero_shot(scorer, sets)
-        metrics = {"metric": {name: ZERO_SHOT[name][1] for name in sets}}
+        metrics = {"metric": {name: images.metric.__name__ for name, images in sets.items()}}
         table = markdown(metrics | results["zeroshot"])
         text.append(f"## Zero-shot classification, %\n\n{table}")
     tasks = table_5(results)
