@@ -752,7 +752,8 @@ COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe", "negat
 def paper_rows(key: str) -> dict[str, dict[str, Cell]]:
     """The paper's printed columns, and the averages that follow from them: two it misprints."""
     columns, rows = BENCHMARKS[key].columns({}), defaultdict(dict)
-    for name, *values in map(str.split, PAPER[key].split(",") if key in PAPER else ()):
+    for row in PAPER[key].split(",") if key in PAPER else ():
+        name, *values = row.split()
         printed = dict(zip(columns, map(float, values)))
         leaf = {leaf: v for column, v in printed.items() for leaf in leaves(columns[column])}
         means = {c: average(t, leaf) for c, t in columns.items() if not isinstance(t, tuple)}
@@ -770,9 +771,8 @@ def markdown(rows: dict[str, dict[str, str | Cell]]) -> str:
     """A table with the columns of all rows."""
     columns = list(dict.fromkeys(column for row in reversed(rows.values()) for column in row))
     lines = [["", *columns]]
-    lines += [
-        [name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()
-    ]
+    for name, row in rows.items():
+        lines.append([name, *(str(row.get(column, "")) for column in columns)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
@@ -796,13 +796,13 @@ class Scored(NamedTuple):
 
 
 def score_benchmark(b: Benchmark, items, absent, features: dict[str, Features]) -> Scored:
+    """All numbers of one benchmark, for each model."""
     cosines, cells, groups, fig_8 = {}, {}, {}, {}
     for row, f in features.items():
         cosines[row] = f.cosines(items)
         groups[row] = score(items, cosines[row])
-        columns = b.columns(groups[row])
-        cells[row] = {name: cell(tree, groups[row]) for name, tree in columns.items()}
-        cells[row] |= b.more(items, f)
+        trees = b.columns(groups[row]).items()
+        cells[row] = {name: cell(tree, groups[row]) for name, tree in trees} | b.more(items, f)
         if b.analysis:
             values = similarities(items, f)
             fig_8[row] = torch.cat([values.mean(0, keepdim=True), bootstrap(values)])
@@ -958,10 +958,8 @@ def write_figures(args, paths, scored: dict[str, Scored], tasks: dict) -> None:
     curves = []
     for ckpt in paths if args.wise else ():
         rows = [f"{ckpt}, WiSE {alpha:g}" for alpha in args.wise]
-        standard, compositional = (
-            [mean_of_tasks(tasks, r, c) for r in rows] for c in (False, True)
-        )
-        curves.append((ckpt, standard, compositional))
+        means = ([mean_of_tasks(tasks, row, c) for row in rows] for c in (False, True))
+        curves.append((ckpt, *means))
     if curves:
         labels = {"xlabel": "standard tasks, mean %", "ylabel": "compositional tasks, mean %"}
         plot(args.figures / "wise.png", curves, title=f"WiSE-FT, alpha {args.wise}", **labels)
@@ -998,10 +996,9 @@ def interpolate(base: Loaded, tuned: Loaded, alpha: float) -> Loaded:
     if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}:
         raise BadInput(f"--wise: the base is a {base.name}, the checkpoint a {tuned.name}")
     model = copy.deepcopy(tuned.model)
-    mixed = {
-        k: torch.lerp(one[k], v, alpha) if v.is_floating_point() else v for k, v in two.items()
-    }
-    model.load_state_dict(mixed)
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point():
+            weight.copy_(torch.lerp(one[name], weight, alpha))
     return tuned._replace(model=model)
 
 
@@ -1066,7 +1063,7 @@ def parse_args() -> argparse.Namespace:
     add("--pairs", help="score the kinds of a .jsonl of negatives.py")
     add("--captions", help="retrieval on a COCO or Karpathy captions file")
     add("--images", help="picture folder of --pairs or --captions")
-    add("--vlc-rows", type=int, default=1000, help="first of a VL-CheckList file, 0: all [paper]")
+    add("--vlc-rows", type=int, default=1000, help="first rows of each VLC file, 0: all [paper]")
     add("--download", action="store_true", help="let torchvision fetch zero-shot test sets")
     add("--strict", action="store_true", help="fail if a benchmark is absent or partial")
     add = p.add_argument_group("running").add_argument
