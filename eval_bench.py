@@ -74,7 +74,8 @@ class Files:
 
     def items(self, pattern: str, groups: Iterable[str], build: Callable, rows=0) -> Iterator[Item]:
         """build(group, entry) of the entries (of the first `rows`) of each group's file, a JSON
-        list or object. None leaves an entry out; images are below the root. Raises BadInput."""
+        list or object, their images below the root; None leaves an entry out. Raises BadInput,
+        which names file and entry."""
         for group in groups:
             if not (path := self.find(pattern.replace("{}", group))):
                 continue
@@ -303,15 +304,11 @@ def perturbations(words: list[negatives.Word]) -> tuple[str, ...]:
     return tuple(text if p == tokens else pre_caption(" ".join(p)) for p in perturbed)
 
 
-def by_kind(items: Iterable[Item]) -> list[Item]:
-    return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
-
-
 def negatives_items(_, args: argparse.Namespace, *__) -> list[Item]:
     """The four kinds of a file that negatives.py wrote."""
-    records = Negatives(Path(args.pairs), Path(args.images))
-    found = ((k, r) for r in records for k in KINDS if r[k])
-    return by_kind(Item(k, r["image"], r["box"], r["caption"], (r[k],)) for k, r in found)
+    records = list(Negatives(Path(args.pairs), Path(args.images)))
+    found = ((kind, r) for kind in KINDS for r in records if r[kind])
+    return [Item(kind, r["image"], r["box"], r["caption"], (r[kind],)) for kind, r in found]
 
 
 def toy_items(*_) -> list[Item]:
@@ -323,7 +320,7 @@ def toy_items(*_) -> list[Item]:
         path, rng = str(root / "images" / image["file_name"]), random.Random(image["id"])
         for kind, true, false in toy.true_false_pairs(toy.Scene(*image["scene"]), rng):
             items.append(Item(kind, path, None, true, (false,)))
-    return by_kind(items)
+    return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
 
 
 # ---- Features: every distinct picture and text once ----------------------------------------------
@@ -683,10 +680,10 @@ def toy_cells(items: list[Item], features: Features) -> dict[str, Cell]:
     """Retrieval among the full descriptions of all scenes, and the means of Fig. 8."""
     recall = retrieval_cells([i for i in items if i.group == "object"], features)
     means = similarities([i for i in items if i.group in KINDS], features).mean(0).tolist()
-    names = "S(T,Tk) %", "S(I,T)-S(I,Tk) %"
-    return {k: c for k, c in recall.items() if k.endswith("@1")} | {
-        name: Cell(100 * mean, len(items), len(items)) for name, mean in zip(names, means)
-    }
+    cells = {name: c for name, c in recall.items() if name.endswith("@1")}
+    for name, mean in zip(("S(T,Tk) %", "S(I,T)-S(I,Tk) %"), means):
+        cells[name] = Cell(100 * mean, len(items), len(items))
+    return cells
 
 
 BENCHMARKS = {
