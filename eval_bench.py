@@ -1054,9 +1054,9 @@ def parse_args() -> argparse.Namespace:
     add("--wise", nargs="+", type=float, metavar="ALPHA", help="WiSE-FT: (1 - a) base + a ckpt")
     add = p.add_argument_group("benchmarks").add_argument
     names = [key for key in BENCHMARKS if key in GET] + ["zeroshot"]
-    choices = [*names, *ZERO_SHOT]
+    choices, all_of = [*names, *ZERO_SHOT], f"{', '.join(names)}, or one zero-shot set [all]"
     add("--data-root", help="folder of the benchmarks: see README")
-    add("--bench", nargs="+", choices=choices, metavar="NAME", help=f"of {names} [all]")
+    add("--bench", nargs="+", choices=choices, metavar="NAME", help=all_of)
     add("--pairs", help="score the kinds of a .jsonl of negatives.py")
     add("--captions", help="retrieval on a COCO or Karpathy captions file")
     add("--images", help="picture folder of --pairs or --captions")
