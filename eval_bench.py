@@ -16,42 +16,31 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
+from math import isnan, nan
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import open_clip
 import torch
+import torch.nn.functional as F
 import torchvision
 import yaml
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import negatives
 import toy
-from ce_clip import (
-    KINDS,
-    BadInput,
-    Loaded,
-    Negatives,
-    encode_text,
-    load_image,
-    load_model,
-    read_json,
-    reading,
-    run,
-)
-
-NAN = float("nan")
+from ce_clip import KINDS, BadInput, Loaded, Negatives, encode_text, load_image, load_model
+from negatives import read_json, reading, run, writing
 
 
 class Item(NamedTuple):
@@ -63,6 +52,14 @@ class Item(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
 
+    @property
+    def key(self) -> tuple:
+        return self.image, self.box
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.positive, *self.negatives
+
 
 class Files:
     """A data folder that remembers which of the files asked for are absent."""
@@ -70,77 +67,82 @@ class Files:
     def __init__(self, root: Path):
         self.root, self.absent = root, []
 
-    def __truediv__(self, name: str) -> str:
-        return str(self.root / name)
+    def find(self, name: str) -> Path | None:
+        if (path := self.root / name).exists():
+            return path
+        self.absent.append(name)
 
-    def items(self, name: str, build: Callable[[str | int, dict], Item | None]) -> Iterator[Item]:
-        """build(key, entry) of every entry of a JSON list or object that it does not answer with
-        None. Raises BadInput, which names the entry."""
-        path = self.root / name
-        if not path.exists():
-            self.absent.append(name)
-            return
-        content = read_json(path)
-        with reading(path, "a JSON list or object of items"):
-            entries = list(content.items() if isinstance(content, dict) else enumerate(content))
-        for key, entry in entries:
-            with reading(f"{path}, item {key},", "an item of this benchmark"):
-                item = build(key, entry)
-                if item and not all(isinstance(t, str) for t in (item.positive, *item.negatives)):
-                    raise TypeError("a caption that is not text")
-            if item:
-                yield item
+    def items(self, pattern: str, groups: Iterable[str], build: Callable, rows=0) -> Iterator[Item]:
+        """build(group, entry) of the entries (of the first `rows`) of each group's file, a JSON
+        list or object, their images below the root; None leaves an entry out. Raises BadInput,
+        which names file and entry."""
+        for group in groups:
+            if not (path := self.find(pattern.replace("{}", group))):
+                continue
+            content = read_json(path)
+            with reading(path, "a JSON list or object of items"):
+                entries = list(content.items() if isinstance(content, dict) else enumerate(content))
+            for key, entry in entries[: rows or None]:
+                with reading(f"{path}, item {key},", "an item of this benchmark"):
+                    item = build(group, entry)
+                    if item and not all(isinstance(text, str) for text in item.texts):
+                        raise TypeError("a caption that is not text")
+                if item:
+                    yield item._replace(image=str(self.root / item.image))
+
+
+# A column is a group, [..] the unweighted mean of its branches, or (..) the mean over all items.
+Tree = str | list | tuple
+
+
+def leaves(tree: Tree) -> list[str]:
+    return [tree] if isinstance(tree, str) else [leaf for branch in tree for leaf in leaves(branch)]
 
 
 # ---- Benchmarks: each yields its items, whether or not the picture is there ----------------------
 
 
-def aro_items(files: Files, _) -> Iterator[Item]:
+def aro_items(files: Files, *_) -> Iterator[Item]:
     """ARO Relation and Attribution (arXiv 2210.01936), cropped to the box of the two objects."""
-    for task in ("relation", "attribution"):
 
-        def build(_, e, task=task):
-            x, y, w, h = (e[f"bbox_{side}"] for side in "xywh")
-            name = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
-            image, box = files / f"aro/images/{e['image_path']}", (x, y, x + w, y + h)
-            return Item(f"{task}/{name}", image, box, e["true_caption"], (e["false_caption"],))
+    def item(task, e):
+        x, y, w, h = (e[f"bbox_{side}"] for side in "xywh")
+        name = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
+        image, box = f"aro/images/{e['image_path']}", (x, y, x + w, y + h)
+        return Item(f"{task}/{name}", image, box, e["true_caption"], (e["false_caption"],))
 
-        yield from files.items(f"aro/visual_genome_{task}.json", build)
+    return files.items("aro/visual_genome_{}.json", ("relation", "attribution"), item)
 
 
-# 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one.
-ARO_DROPPED = """
-adjusting, attached to, between, bigger than, biting, boarding, brushing, chewing, cleaning,
-climbing, close to, coming from, coming out of, contain, crossing, dragging, draped over,
-drinking, drinking from, driving, driving down, driving on, eating from, eating in, enclosing,
-exiting, facing, filled with, floating in, floating on, flying, flying above, flying in, flying
-over, flying through, full of, going down, going into, going through, grazing in, growing in,
-growing on, guiding, hanging from, hanging in, hanging off, hanging over, higher than, holding
-onto, hugging, in between, jumping off, jumping on, jumping over, kept in, larger than, leading,
-leaning over, leaving, licking, longer than, looking in, looking into, looking out, looking over,
-looking through, lying next to, lying on top of, making, mixed with, mounted on, moving, on the
-back of, on the edge of, on the front of, on the other side of, opening, painted on, parked at,
-parked beside, parked by, parked in, parked in front of, parked near, parked next to, perched on,
-petting, piled on, playing, playing in, playing on, playing with, pouring, reaching for, reading,
-reflected on, riding on, running in, running on, running through, seen through, sitting behind,
-sitting beside, sitting by, sitting in front of, sitting near, sitting next to, sitting under,
-skiing down, skiing on, sleeping in, sleeping on, smiling at, sniffing, splashing, sprinkled on,
-stacked on, standing against, standing around, standing behind, standing beside, standing in front
-of, standing near, standing next to, staring at, stuck in, surrounding, swimming in, swinging,
-talking to, topped with, touching, traveling down, traveling on, tying, typing on, underneath,
-wading in, waiting for, walking across, walking by, walking down, walking next to, walking
-through, working in, working on, worn on, wrapped around, wrapped in, by, of, near, next to, with,
-beside, on the side of, around
+# 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one;
+# "drinking -/from" are two, "drinking" and "drinking from".
+_ARO_DROPPED = """
+adjusting, around, attached to, beside, between, bigger than, biting, boarding, brushing, by,
+chewing, cleaning, climbing, close to, coming from/out of, contain, crossing, dragging, draped over,
+drinking -/from, driving -/down/on, eating from/in, enclosing, exiting, facing, filled with,
+floating in/on, flying -/above/in/over/through, full of, going down/into/through, grazing in,
+growing in/on, guiding, hanging from/in/off/over, higher than, holding onto, hugging, in between,
+jumping off/on/over, kept in, larger than, leading, leaning over, leaving, licking, longer than,
+looking in/into/out/over/through, lying next to/on top of, making, mixed with, mounted on, moving,
+near, next to, of, on the back of/the edge of/the front of/the other side of/the side of, opening,
+painted on, parked at/beside/by/in/in front of/near/next to, perched on, petting, piled on, playing
+-/in/on/with, pouring, reaching for, reading, reflected on, riding on, running in/on/through, seen
+through, sitting behind/beside/by/in front of/near/next to/under, skiing down/on, sleeping in/on,
+smiling at, sniffing, splashing, sprinkled on, stacked on, standing against/around/behind/beside/in
+front of/near/next to, staring at, stuck in, surrounding, swimming in, swinging, talking to, topped
+with, touching, traveling down/on, tying, typing on, underneath, wading in, waiting for, walking
+across/by/down/next to/through, with, working in/on, worn on, wrapped around/in
 """
+_VERBS = re.findall(r"(\w+) ?([^,]*)", " ".join(_ARO_DROPPED.split()))
+ARO_DROPPED = {f"{verb} {end}".rstrip(" -") for verb, ends in _VERBS for end in ends.split("/")}
 
 
 def aro_columns(groups: dict) -> dict:
     """Means over relations, but for ARO_DROPPED, and over pairs of attributes with >= 25 cases."""
     relations = [g for g in groups if g.startswith("relation/")]
-    attributes = [g for g, a in groups.items() if g.startswith("attribution/") and a.all >= 25]
-    dropped = " ".join(ARO_DROPPED.split()).split(", ")
-    kept = [g for g in relations if g.removeprefix("relation/") not in dropped]
-    return {"Relation": kept, "Attribution": attributes}
+    kept = [g for g in relations if g.removeprefix("relation/") not in ARO_DROPPED]
+    pairs = [g for g, a in groups.items() if g.startswith("attribution/") and a.all >= 25]
+    return {"Relation": kept, "Attribution": pairs}
 
 
 VALSE = {  # column of Table 1: files
@@ -160,75 +162,64 @@ VALSE_FOLDERS = {  # by the start of a picture's name; all others are SWiG's
     "COCO_val2014": "coco/val2014",
     "VisualDialog": "visdial/VisualDialog_val2018",
     "0": "coco/val2017",
+    "": "swig",
 }
 
 
-def valse_items(files: Files, _) -> Iterator[Item]:
+def valse_items(files: Files, *_) -> Iterator[Item]:
     """VALSE (arXiv 2112.07566): items whose caption at least 2 of 3 annotators found right."""
 
-    def build(_, e, name):
+    def item(name, e):
         if e["mturk"]["caption"] >= 2:
-            start = next((s for s in VALSE_FOLDERS if e["image_file"].startswith(s)), "")
-            image = files / f"{VALSE_FOLDERS.get(start, 'swig')}/{e['image_file']}"
-            return Item(name, image, None, e["caption"], (e["foil"],))
+            image = e["image_file"]
+            folder = next(f for start, f in VALSE_FOLDERS.items() if image.startswith(start))
+            return Item(name, f"{folder}/{image}", None, e["caption"], (e["foil"],))
 
-    for name in leaves(list(VALSE.values())):
-        yield from files.items(f"valse/{name}.json", functools.partial(build, name=name))
+    return files.items("valse/{}.json", leaves([*VALSE.values()]), item)
 
 
 def valse_columns(_) -> dict:
     """The columns of Table 1, their mean, and the mean over files: the paper's "Avg." is the latter
     (72.5 for CE-CLIP), in the row of CE-CLIP+ the former (76.7)."""
-    columns = list(VALSE.values())
+    columns = [*VALSE.values()]
     return VALSE | {"Avg 11 files": leaves(columns), "Avg 9 columns": columns}
 
 
-_SWIG = [f"swig_{role}" for role in ("agent", "destination", "item", "tool")]
-VLC_SOURCES = {  # cell: its types, and the files of each source
-    **{
-        f"Attribute/{t}": ([""], [["vg"], ["vaw"]])
-        for t in ("action", "color", "material", "size", "state")
-    },
-    "Object/Location": (["/center", "/mid", "/margin"], [["vg_obj", "vg_subj"], _SWIG, ["hake"]]),
-    "Object/Size": (["/large", "/medium", "/small"], [["vg_obj", "vg_subj"], _SWIG, ["hake"]]),
-    "Relation/action": ([""], [["vg"], ["swig"], ["hake"]]),
-    "Relation/spatial": ([""], [["vg"]]),
-}
+def below(folder: str, tree: Tree) -> Tree:
+    return f"{folder}/{tree}" if isinstance(tree, str) else [below(folder, b) for b in tree]
 
 
 def vlc_columns(_) -> dict:
     """The nine cells of Table 2: means over files, sources, types; then the means of the groups'
     cells, and of all nine."""
-    cells = {
-        cell: [[[f"{cell}{t}/{f}" for f in source] for source in sources] for t in types]
-        for cell, (types, sources) in VLC_SOURCES.items()
-    }
-    groups = {
-        group: [tree for cell, tree in cells.items() if cell.startswith(group)]
-        for group in ("Attribute", "Object", "Relation")
-    }
-    return cells | groups | {"Avg": list(cells.values())}
+    swig = [f"swig_{role}" for role in ("agent", "destination", "item", "tool")]
+    sources = [["vg_obj", "vg_subj"], swig, "hake"]
+    attributes = "action", "color", "material", "size", "state"
+    files = {f"Attribute/{name}": ["vg", "vaw"] for name in attributes}
+    files["Object/Location"] = [below(t, sources) for t in ("center", "mid", "margin")]
+    files["Object/Size"] = [below(t, sources) for t in ("large", "medium", "small")]
+    files |= {"Relation/action": ["vg", "swig", "hake"], "Relation/spatial": ["vg"]}
+    cells = {name: below(name, tree) for name, tree in files.items()}
+    groups = {name.split("/")[0]: [] for name in cells}
+    for name, tree in cells.items():
+        groups[name.split("/")[0]].append(tree)
+    return cells | groups | {"Avg": [*cells.values()]}
 
 
-def vlc_items(files: Files, args: argparse.Namespace) -> Iterator[Item]:
+def vlc_items(files: Files, args: argparse.Namespace, *_) -> Iterator[Item]:
     """VL-CheckList (arXiv 2207.00221); of each file the first --vlc-rows rows."""
     for group in leaves(vlc_columns(None)["Avg"]):
-        config = Path(files / f"vl_checklist/corpus/v1/{group}.yaml")
-        if not config.exists():
-            files.absent.append(str(config.relative_to(files.root)))
+        if not (path := files.find(f"vl_checklist/corpus/v1/{group}.yaml")):
             continue
-        with reading(config, "a corpus file of VL-CheckList"):
-            config = yaml.safe_load(config.read_text())
-            name, folder = "vl_checklist/" + config["ANNO_PATH"], config["IMG_ROOT"].strip("/")
+        with reading(path, "a corpus file of VL-CheckList"):
+            config = yaml.safe_load(path.read_text())
+            name, folder = f"vl_checklist/{config['ANNO_PATH']}", config["IMG_ROOT"].strip("/")
 
-        def build(row, entry, group=group, folder=folder):
-            if args.vlc_rows and row >= args.vlc_rows:
-                return None
+        def item(group, entry, folder=folder):
             image, texts = entry
-            image = files / f"{folder}/{image}"
-            return Item(group, image, None, texts["POS"][0], (texts["NEG"][0],))
+            return Item(group, f"{folder}/{image}", None, texts["POS"][0], (texts["NEG"][0],))
 
-        yield from files.items(name, build)
+        yield from files.items(name, [group], item, args.vlc_rows)
 
 
 SUGARCREPE = {
@@ -238,20 +229,19 @@ SUGARCREPE = {
 }
 
 
-def sugarcrepe_items(files: Files, _=None) -> Iterator[Item]:
+def sugarcrepe_items(files: Files, *_) -> Iterator[Item]:
     """SugarCrepe (arXiv 2306.14610): 7 subsets, 7,511 items, on COCO val2017."""
 
-    def build(_, e, subset):
-        image = files / f"coco/val2017/{e['filename']}"
+    def item(subset, e):
+        image = f"coco/val2017/{e['filename']}"
         return Item(subset, image, None, e["caption"], (e["negative_caption"],))
 
-    for subset in leaves(list(SUGARCREPE.values())):
-        yield from files.items(f"sugarcrepe/{subset}.json", functools.partial(build, subset=subset))
+    return files.items("sugarcrepe/{}.json", leaves([*SUGARCREPE.values()]), item)
 
 
 def sugarcrepe_columns(_) -> dict:
     """Subsets; unweighted means as in Tables 3 and 5; and over items, as its authors."""
-    subsets = leaves(list(SUGARCREPE.values()))
+    subsets = leaves([*SUGARCREPE.values()])
     return {s: s for s in subsets} | SUGARCREPE | {"macro": subsets, "micro": tuple(subsets)}
 
 
@@ -260,28 +250,32 @@ def pre_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
 
 
-def captions(files: Files, name: str, folder: str) -> Iterator[tuple[str, str]]:
-    """(picture, caption) of a Karpathy-style or COCO-captions file."""
-    if not (files.root / name).exists():
-        files.absent.append(name)
-        return
-    for record in negatives.read_captions(files.root / name):
-        yield files / f"{folder}/{record['image']}", record["caption"]
-
-
-KARPATHY = {  # name: file of captions, folder that its pictures' names start in
-    "COCO": ("coco/annotations/coco_karpathy_test.json", "coco"),
-    "Flickr30k": ("flickr30k/flickr30k_test.json", "flickr30k"),
+KARPATHY = {  # name, file of captions, folder that its pictures' names start in
+    "coco": ("COCO", "coco/annotations/coco_karpathy_test.json", "coco"),
+    "flickr30k": ("Flickr30k", "flickr30k/flickr30k_test.json", "flickr30k"),
 }
 
 
-def order_items(files: Files, _) -> Iterator[Item]:
+def captions(files: Files, name: str, folder: str) -> Iterator[tuple[str, str]]:
+    """(picture, caption) of a Karpathy-style or COCO-captions file."""
+    path = files.find(name)
+    for record in negatives.read_captions(path) if path else ():
+        yield str(files.root / folder / record["image"]), record["caption"]
+
+
+def retrieval_items(files: Files, args: argparse.Namespace, key: str) -> Iterator[Item]:
+    source = KARPATHY[key][1:] if key in KARPATHY else (args.captions, args.images)
+    for image, text in captions(files, *source):
+        yield Item("captions", image, None, pre_caption(text), ())
+
+
+def order_items(files: Files, *_) -> Iterator[Item]:
     """COCO-Order and Flickr30k-Order of ARO: a caption among four perturbations of itself."""
-    for name, source in KARPATHY.items():
-        rows = list(captions(files, *source))
-        tagged = negatives.Tagger().words(text for _, text in rows) if rows else ()
-        for (image, text), words in zip(rows, tagged):
-            yield Item(f"{name}-Order", image, None, pre_caption(text), perturbations(words))
+    for name, *source in KARPATHY.values():
+        if rows := list(captions(files, *source)):
+            tagged = negatives.Tagger().words(text for _, text in rows)
+            for (image, text), words in zip(rows, tagged):
+                yield Item(f"{name}-Order", image, None, pre_caption(text), perturbations(words))
 
 
 def perturbations(words: list[negatives.Word]) -> tuple[str, ...]:
@@ -310,18 +304,11 @@ def perturbations(words: list[negatives.Word]) -> tuple[str, ...]:
     return tuple(text if p == tokens else pre_caption(" ".join(p)) for p in perturbed)
 
 
-def retrieval_items(files: Files, _, source: tuple[str, str]) -> Iterator[Item]:
-    for image, text in captions(files, *source):
-        yield Item("captions", image, None, pre_caption(text), ())
-
-
-def negatives_items(_, args: argparse.Namespace) -> Iterator[Item]:
+def negatives_items(_, args: argparse.Namespace, *__) -> list[Item]:
     """The four kinds of a file that negatives.py wrote."""
-    records = Negatives(Path(args.pairs), Path(args.images))
-    for kind in KINDS:
-        for r in records:
-            if r[kind]:
-                yield Item(kind, r["image"], r["box"], r["caption"], (r[kind],))
+    records = list(Negatives(Path(args.pairs), Path(args.images)))
+    found = ((kind, r) for kind in KINDS for r in records if r[kind])
+    return [Item(kind, r["image"], r["box"], r["caption"], (r[kind],)) for kind, r in found]
 
 
 def toy_items(*_) -> list[Item]:
@@ -330,9 +317,8 @@ def toy_items(*_) -> list[Item]:
     if not (root / "captions_test.json").exists():
         toy.make_world(root)
     for image in read_json(root / "captions_test.json")["images"]:
-        scene, rng = toy.Scene(*image["scene"]), random.Random(image["id"])
-        path = str(root / "images" / image["file_name"])
-        for kind, true, false in toy.true_false_pairs(scene, rng):
+        path, rng = str(root / "images" / image["file_name"]), random.Random(image["id"])
+        for kind, true, false in toy.true_false_pairs(toy.Scene(*image["scene"]), rng):
             items.append(Item(kind, path, None, true, (false,)))
     return sorted(items, key=lambda item: (*KINDS, *toy.HELD_OUT).index(item.group))
 
@@ -340,83 +326,67 @@ def toy_items(*_) -> list[Item]:
 # ---- Features: every distinct picture and text once ----------------------------------------------
 
 
-class Pictures(Dataset):
-    """(one tensor for each of `transforms`, target): a picture is decoded once for all models."""
-
-    def __init__(self, load: Callable[[int], tuple[Image.Image, Tensor | int]], n: int, transforms):
-        self.load, self.n, self.transforms = load, n, transforms
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int):
-        picture, target = self.load(i)
-        return [transform(picture) for transform in self.transforms], target
-
-
-def picture(keys: list[tuple], n: int) -> tuple[Image.Image, int]:
-    path, box = keys[n]
+def picture(key: tuple) -> tuple[Image.Image, int]:
+    path, box = key
     return load_image(path, Image.Image.copy, box), 0
+
+
+def batch(load: Callable, transforms: list[Callable], samples: list) -> list:
+    """[a batch for each transform], targets; load(sample) gives a picture and its target."""
+    rows = [([t(image) for t in transforms], target) for image, target in map(load, samples)]
+    return default_collate(rows)
 
 
 class Scorer:
     """The checkpoints, {row: Loaded}, and how they encode: unit features, float32, on the CPU."""
 
     def __init__(self, models: dict[str, Loaded], args: argparse.Namespace):
-        self.models, self.args = models, args
+        self.models, self.batch_size, self.workers = models, args.batch_size, args.workers
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bf16 = args.precision == "bf16"
+        self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         for loaded in models.values():
             loaded.model.to(self.device).eval()
 
-    def precision(self):
-        bf16 = self.args.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-
     @torch.inference_mode()
-    def images(self, load: Callable, n: int, desc: str) -> tuple[dict[str, Tensor], Tensor]:
-        """{row: features (n, D)}, and the targets (n,); load(i) gives picture and target i."""
+    def images(self, samples: Sequence, load: Callable, desc: str) -> tuple[dict, Tensor]:
+        """{row: features (n, D)} of n samples, and their targets (n, ...): see `batch`."""
         transforms = {str(m.eval_transform): m.eval_transform for m in self.models.values()}
-        pictures = Pictures(load, n, list(transforms.values()))
-        loader = DataLoader(pictures, self.args.batch_size, num_workers=self.args.workers)
+        collate = functools.partial(batch, load, [*transforms.values()])
+        options = {"num_workers": self.workers, "collate_fn": collate}
+        loader = DataLoader(samples, self.batch_size, **options)
         rows, targets = defaultdict(list), []
-        for batches, target in tqdm(loader, f"{desc}: pictures", unit="batch", leave=False):
-            batch = {key: b.to(self.device) for key, b in zip(transforms, batches)}
+        for images, target in tqdm(loader, f"{desc}: pictures", unit="batch", leave=False):
+            images = {key: i.to(self.device) for key, i in zip(transforms, images)}
             targets.append(target)
             for row, (model, *_, transform, _) in self.models.items():
-                with self.precision():
-                    features = model.encode_image(batch[str(transform)], normalize=True)
+                with self.precision:
+                    features = model.encode_image(images[str(transform)], normalize=True)
                 rows[row].append(features.float().cpu())
         return {row: torch.cat(parts) for row, parts in rows.items()}, torch.cat(targets)
 
     @torch.inference_mode()
-    def text(self, loaded: Loaded, tokens: Tensor) -> Tensor:
-        """Features (N, D) of tokens (N, L), on the device."""
-        with self.precision():
-            return encode_text(loaded.model, tokens).float()
-
     def texts(self, texts: list[str]) -> dict[str, Tensor]:
         """{row: features (len(texts), D)}; batches are of texts of nearly one length."""
-        found, tokens, size = {}, {}, 4 * self.args.batch_size
-        with tqdm(total=len(self.models) * len(texts), desc="texts", leave=False) as bar:
-            for row, loaded in self.models.items():
-                key, parts = json.dumps(loaded.config), []
-                if key not in tokens:
-                    chunks = (texts[i : i + size] for i in range(0, len(texts), size))
-                    tokens[key] = torch.cat([loaded.tokenizer(chunk) for chunk in chunks])
-                order = tokens[key].argmax(1).argsort(stable=True)  # by their end-of-text
-                for chosen in order.split(size):
-                    parts.append(self.text(loaded, tokens[key][chosen]).cpu())
-                    bar.update(len(chosen))
-                found[row] = torch.cat(parts)[order.argsort()]
+        found, tokens = {}, {}
+        for row, loaded in self.models.items():
+            if (key := json.dumps(loaded.config)) not in tokens:
+                tokens[key] = loaded.tokenizer(texts)
+            order, parts = tokens[key].argmax(1).argsort(stable=True), []  # by their end-of-text
+            for rows in tqdm(order.split(4 * self.batch_size), f"{row}: texts", leave=False):
+                with self.precision:
+                    parts.append(encode_text(loaded.model, tokens[key][rows]).float().cpu())
+            found[row] = torch.cat(parts)[order.argsort()]
         return found
 
     def encode(self, items: list[Item]) -> dict[str, "Features"]:
-        """{row: Features} of items whose pictures are there."""
-        keys = list(dict.fromkeys((i.image, i.box) for i in items))
-        texts = list(dict.fromkeys(t for i in items for t in (i.positive, *i.negatives)))
-        pictures, _ = self.images(functools.partial(picture, keys), len(keys), "benchmarks")
-        encoded, known = self.texts(texts), [{k: n for n, k in enumerate(x)} for x in (keys, texts)]
-        return {row: Features(pictures[row], encoded[row], *known) for row in self.models}
+        """{row: Features} of the items whose pictures are there: each picture and text once."""
+        keys = [key for key in dict.fromkeys(i.key for i in items) if os.path.exists(key[0])]
+        image = {key: n for n, key in enumerate(keys)}
+        texts = list(dict.fromkeys(text for i in items if i.key in image for text in i.texts))
+        text = {t: n for n, t in enumerate(texts)}
+        (pictures, _), encoded = self.images(keys, picture, "benchmarks"), self.texts(texts)
+        return {row: Features(pictures[row], encoded[row], image, text) for row in self.models}
 
 
 class Features(NamedTuple):
@@ -424,29 +394,30 @@ class Features(NamedTuple):
 
     images: Tensor  # (P, D)
     texts: Tensor  # (T, D)
-    image: dict[tuple, int]  # (path, box) -> row of images
+    image: dict[tuple, int]  # Item.key -> row of images
     text: dict[str, int]  # text -> row of texts
 
     def there(self, items: Iterable[Item]) -> list[Item]:
-        return [item for item in items if (item.image, item.box) in self.image]
+        return [item for item in items if item.key in self.image]
 
-    def rows(self, items: list[Item]) -> tuple[Tensor, Tensor]:
-        """Rows of the pictures and of the positives, (N,) each."""
-        images = torch.tensor([self.image[i.image, i.box] for i in items], dtype=torch.long)
-        return images, torch.tensor([self.text[i.positive] for i in items], dtype=torch.long)
+    def cosines(self, items: list[Item]) -> Tensor:
+        """(N, 2): of the picture with the positive, and with the negative that is closest; nan
+        where there is none."""
+        rows = [
+            (2 * n + (k > 0), self.image[item.key], self.text[text])
+            for n, item in enumerate(items)
+            if item.key in self.image
+            for k, text in enumerate(item.texts)
+        ]
+        place, image, text = torch.tensor(rows).T
+        found = torch.full((2 * len(items),), nan)
+        cosine = dots(self.images, image, self.texts, text)
+        return found.scatter_reduce(0, place, cosine, "amax", include_self=False).view(-1, 2)
 
-    def cosines(self, items: list[Item]) -> tuple[Tensor, Tensor]:
-        """(N,) each: of the picture with the positive, and with the negative that is closest."""
-        image, positive = self.rows(items)
-        owner = torch.tensor(
-            [n for n, i in enumerate(items) for _ in i.negatives], dtype=torch.long
-        )
-        negative = torch.tensor(
-            [self.text[t] for i in items for t in i.negatives], dtype=torch.long
-        )
-        cosine = (self.images[image[owner]] * self.texts[negative]).sum(1)
-        closest = torch.full((len(items),), -torch.inf).scatter_reduce(0, owner, cosine, "amax")
-        return (self.images[image] * self.texts[positive]).sum(1), closest
+
+def dots(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
+    """(N,): a[i] . b[j] for row numbers i, j (N,); in chunks, for there may be millions."""
+    return torch.cat([(a[m] * b[n]).sum(1) for m, n in zip(i.split(2**14), j.split(2**14))])
 
 
 # ---- Metrics: numbers in, numbers out ------------------------------------------------------------
@@ -455,9 +426,9 @@ class Features(NamedTuple):
 class Accuracy(NamedTuple):
     """Pair accuracy of one group. A tie is wrong; chance is 50 %, with 4 negatives 20 %."""
 
-    right: int
-    scored: int
-    ties: int
+    right: int = 0
+    scored: int = 0
+    ties: int = 0
     missing: int = 0  # items without a picture
 
     @property
@@ -466,13 +437,13 @@ class Accuracy(NamedTuple):
 
     @property
     def percent(self) -> float:
-        return 100 * self.right / self.scored if self.scored else NAN
+        return 100 * self.right / self.scored if self.scored else nan
 
 
-def pair_accuracy(positive: Tensor, negative: Tensor, missing: int = 0) -> Accuracy:
-    """positive, negative (N,): similarities of the true and the closest false caption."""
-    right, ties = (positive > negative).sum(), (positive == negative).sum()
-    return Accuracy(int(right), len(positive), int(ties), missing)
+def pair_accuracy(positive: Tensor, negative: Tensor) -> Accuracy:
+    """positive, negative (N,): similarities of the true and the closest false caption, or nan."""
+    counted = positive > negative, ~positive.isnan(), positive == negative, positive.isnan()
+    return Accuracy(*(int(which.sum()) for which in counted))
 
 
 class Cell(NamedTuple):
@@ -480,49 +451,40 @@ class Cell(NamedTuple):
     with no paper."""
 
     value: float
-    scored: int
-    all: int
+    scored: int = 0
+    all: int = 0
 
-
-# A column is a group, [..] the unweighted mean of its branches, or (..) the mean over all items.
-Tree = str | list | tuple
-
-
-def leaves(tree: Tree) -> list[str]:
-    return [tree] if isinstance(tree, str) else [leaf for branch in tree for leaf in leaves(branch)]
+    def __str__(self) -> str:
+        return ("partial" if self.scored else "") if isnan(self.value) else f"{self.value:.1f}"
 
 
 def average(tree: Tree, percent: dict[str, float]) -> float:
     """The unweighted means of a tree; nan where a group is not in `percent`."""
     if isinstance(tree, str):
-        return percent.get(tree, NAN)
+        return percent.get(tree, nan)
     values = [average(branch, percent) for branch in tree]
-    return sum(values) / len(values) if values else NAN
+    return sum(values) / len(values) if values else nan
 
 
 def cell(tree: Tree, groups: dict[str, Accuracy]) -> Cell:
-    parts = [groups.get(leaf, Accuracy(0, 0, 0)) for leaf in leaves(tree)]
-    scored, total = sum(p.scored for p in parts), sum(p.all for p in parts)
-    if isinstance(tree, str):
-        return Cell(parts[0].percent, scored, total)
-    if not all(p.scored and not p.missing for p in parts):
-        return Cell(NAN, scored, total)
-    if isinstance(tree, tuple):
-        return Cell(100 * sum(p.right for p in parts) / scored, scored, total)
-    return Cell(average(tree, {g: a.percent for g, a in groups.items()}), scored, total)
+    """A group shows what there is of it; an average is nan unless it is whole."""
+    parts = [groups.get(leaf, Accuracy()) for leaf in leaves(tree)]
+    pooled = Accuracy(*map(sum, zip(*parts)))
+    value = pooled.percent
+    if isinstance(tree, list):
+        value = average(tree, {group: a.percent for group, a in groups.items()})
+    if not isinstance(tree, str) and not all(p.scored and not p.missing for p in parts):
+        value = nan
+    return Cell(value, pooled.scored, pooled.all)
 
 
-def score(items: list[Item], features: Features) -> dict[str, Accuracy]:
-    """The accuracy of each group, in the items' order."""
+def score(items: list[Item], cosines: Tensor) -> dict[str, Accuracy]:
+    """The accuracy of each group, in the items' order; cosines (N, 2) as Features gives them."""
     members = defaultdict(list)
-    for item in items:
+    for n, item in enumerate(items):
         if item.negatives:
-            members[item.group].append(item)
-    out = {}
-    for group, those in members.items():
-        there = features.there(those)
-        out[group] = pair_accuracy(*features.cosines(there), len(those) - len(there))
-    return out
+            members[item.group].append(n)
+    return {group: pair_accuracy(*cosines[rows].T) for group, rows in members.items()}
 
 
 def ranks(queries: Tensor, gallery: Tensor, own: Tensor, gallery_own: Tensor) -> Tensor:
@@ -542,18 +504,14 @@ def retrieval_cells(items: list[Item], features: Features) -> dict[str, Cell]:
     """Recall in % at 1, 5 and 10: of captions by a picture (I2T: any of its own counts), and of
     the picture by each caption (T2I). A tie is behind all that tie."""
     there = features.there(items)
-    image, text = features.rows(there)
-    pictures, owner = image.unique(return_inverse=True)
-    one, two = features.images[pictures], features.texts[text]
-    ways = {
-        "I2T": ranks(one, two, torch.arange(len(one)), owner),
-        "T2I": ranks(two, one, owner, torch.arange(len(one))),
-    }
-    all_there = len(there) == len(items)
+    pictures = torch.tensor([features.image[item.key] for item in there])
+    texts = features.texts[[features.text[item.positive] for item in there]]
+    pictures, owner = pictures.unique(return_inverse=True)
+    images, number = features.images[pictures], torch.arange(len(pictures))
+    ways = {"I2T": ranks(images, texts, number, owner), "T2I": ranks(texts, images, owner, number)}
+    whole, counts = len(there) == len(items), (len(there), len(items))
     return {
-        f"{way} R@{k}": Cell(
-            100 * (rank < k).float().mean().item() if all_there else NAN, len(there), len(items)
-        )
+        f"{way} R@{k}": Cell(100 * (rank < k).float().mean().item() if whole else nan, *counts)
         for way, rank in ways.items()
         for k in (1, 5, 10)
     }
@@ -562,11 +520,11 @@ def retrieval_cells(items: list[Item], features: Features) -> dict[str, Cell]:
 def similarities(items: list[Item], features: Features) -> Tensor:
     """(N, 2) of the items with one negative, whose picture is there: the similarity of the two
     captions, and by how much the picture is closer to the true one (Fig. 8), as cosines."""
-    there = features.there(i for i in items if len(i.negatives) == 1)
-    positive, negative = features.cosines(there)
-    one = features.texts[features.rows(there)[1]]
-    two = features.texts[torch.tensor([features.text[i.negatives[0]] for i in there])]
-    return torch.stack([(one * two).sum(1), positive - negative], 1)
+    there = features.there(item for item in items if len(item.negatives) == 1)
+    texts = torch.tensor([[features.text[text] for text in item.texts] for item in there])
+    cosines = features.cosines(there)
+    similar = dots(features.texts, texts[:, 0], features.texts, texts[:, 1])
+    return torch.stack([similar, cosines[:, 0] - cosines[:, 1]], 1)
 
 
 def bootstrap(values: Tensor, resamples=50_000, confidence=0.99, seed=0) -> Tensor:
@@ -582,86 +540,6 @@ def bootstrap(values: Tensor, resamples=50_000, confidence=0.99, seed=0) -> Tens
 
 
 # ---- Zero-shot classification --------------------------------------------------------------------
-
-# ELEVATER's 20 test sets, and ImageNet: torchvision's class (-: a folder of pictures), metric
-_ZERO_SHOT = """
-imagenet-1k - accuracy; caltech-101 - mean_per_class; cifar-10 CIFAR10 accuracy;
-cifar-100 CIFAR100 accuracy; country211 Country211 accuracy; dtd DTD accuracy;
-eurosat_clip - accuracy; fer-2013 FER2013 accuracy; fgvc-aircraft FGVCAircraft mean_per_class;
-food-101 Food101 accuracy; gtsrb GTSRB accuracy; hateful-memes - roc_auc;
-kitti-distance - accuracy; mnist MNIST accuracy; oxford-flower-102 Flowers102 mean_per_class;
-oxford-iiit-pets OxfordIIITPet mean_per_class; patch-camelyon - accuracy;
-rendered-sst2 RenderedSST2 accuracy; resisc45_clip - accuracy; stanford-cars StanfordCars accuracy;
-voc-2007-classification VOCDetection map_11_point
-"""
-ZERO_SHOT = {name: rest for name, *rest in map(str.split, _ZERO_SHOT.split(";"))}
-# of these options those that a class of torchvision's takes
-TEST_SPLIT = {"split": "test", "train": False, "year": "2007", "image_set": "test"}
-
-
-class ImageSet(NamedTuple):
-    base: Dataset  # of (picture, class number), or (picture, torchvision's VOC annotation)
-    classes: list[str]
-    templates: list[str]  # "a photo of a {}."
-    metric: Callable[[Tensor, Tensor], float]
-
-    def load(self, n: int) -> tuple[Image.Image, int | Tensor]:
-        picture, target = self.base[n]
-        if isinstance(target, dict):  # VOC's difficult objects count as absent
-            objects = target["annotation"]["object"]
-            names = {o["name"] for o in objects if o["difficult"] == "0"}
-            target = torch.tensor([name in names for name in self.classes])
-        return picture.convert("RGB"), target
-
-
-def image_set(root: Path, name: str, download: bool) -> ImageSet | str:
-    """The test set of zeroshot/NAME: pictures in test/CLASS/, else torchvision's own files, which
-    it can download; or a line that says what is absent.
-
-    Class names are the lines of classes.txt, templates those of templates.txt, else the data set's
-    own names (ImageNet's: open_clip's, in the order of its folders) and open_clip's 80 templates.
-    """
-    folder, (kind, metric) = root / "zeroshot" / name, ZERO_SHOT[name]
-    if (folder / "test").is_dir():
-        with reading(folder / "test", "a folder with a folder of pictures for each class"):
-            base = torchvision.datasets.ImageFolder(folder / "test")
-    elif kind == "-":
-        return f"{folder / 'test'} is absent: a folder of pictures for each class"
-    else:
-        base = getattr(torchvision.datasets, kind)
-        options, known = TEST_SPLIT | {"download": download}, inspect.signature(base).parameters
-        try:
-            base = base(folder, **{k: v for k, v in options.items() if k in known})
-        except Exception as e:
-            reason = str(e).splitlines()[0]
-            return f"torchvision finds no {kind} in {folder} (--download gets it): {reason}"
-
-    def lines(file: str, default: list[str]) -> list[str]:
-        path = folder / file
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else default
-
-    own = [" ".join(str(c).split("_")) for c in getattr(base, "classes", ())]
-    classes = lines("classes.txt", open_clip.IMAGENET_CLASSNAMES if name == "imagenet-1k" else own)
-    if not classes or own and len(own) != len(classes):
-        return f"{folder / 'classes.txt'} must name its {len(own) or ''} classes, a line each"
-    prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    return ImageSet(base, classes, lines("templates.txt", prompts), globals()[metric])
-
-
-@torch.inference_mode()
-def zero_shot(scorer: Scorer, name: str, images: ImageSet) -> dict[str, Cell]:
-    """{row: score in %}, of the softmax of 100 * cosine with a class's mean text [ELEVATER]."""
-    features, targets = scorer.images(images.load, len(images.base), name)
-    found = {}
-    for row, loaded in scorer.models.items():
-        text = SimpleNamespace(encode_text=lambda tokens, m=loaded, **_: scorer.text(m, tokens))
-        parts = loaded.tokenizer, images.classes, images.templates
-        weights = open_clip.build_zero_shot_classifier(text, *parts, device=scorer.device)
-        scores = (100 * features[row] @ weights.cpu()).softmax(1)
-        value = images.metric(scores, targets)
-        found[row] = Cell(100 * value, len(targets), len(targets))
-    return found
-
 
 # Metrics: scores (N, C) are a softmax over the classes, target (N,) class numbers; 0 to 1.
 
@@ -680,122 +558,178 @@ def mean_per_class(scores: Tensor, target: Tensor) -> float:
 def map_11_point(scores: Tensor, target: Tensor) -> float:
     """Mean over classes of the mean of the best precision at a recall of at least 0, .1, ... 1.
 
-    target (N, C) bool. Equal scores count as one threshold, and precision is 1 at recall 0, as in
+    target (N, C) bool. Each score is a threshold, and precision is 1 at recall 0, as in
     scikit-learn, hence in ELEVATER.
     """
-    found, levels = [], torch.linspace(0, 1, 11, dtype=torch.double) - 1e-9
+    found = []
     for p, true in zip(scores.T, target.T):
         if true.any():
-            p, order = p.sort(descending=True)
-            last = torch.cat([p[1:] != p[:-1], torch.tensor([True])])  # of its threshold
-            hits = true[order].cumsum(0)[last].double()
-            precision = torch.cat([torch.ones(1), hits / (last.nonzero().squeeze(1) + 1)])
-            recall = torch.cat([torch.zeros(1), hits / hits[-1]])
-            found.append(torch.stack([precision[recall >= r].max() for r in levels]).mean())
-    return torch.stack(found).mean().item()
+            above = p >= p[:, None]  # (thresholds, N)
+            hits = (above & true).sum(1)
+            precision, recall = hits.double() / above.sum(1), hits / true.sum()
+            best = [precision[recall >= level / 10 - 1e-6].max().item() for level in range(1, 11)]
+            found.append(sum([1, *best]) / 11)
+    return sum(found) / len(found)
 
 
 def roc_auc(scores: Tensor, target: Tensor) -> float:
     """Share of (positive, negative) pairs in the right order, a tie is half; of two classes."""
-    positive, negative = scores[target == 1, 1], scores[target == 0, 1].sort().values
-    ranks = [torch.searchsorted(negative, positive, right=right) for right in (False, True)]
-    return (sum(ranks).double().mean() / 2 / len(negative)).item()
+    lead = scores[target == 1, 1][:, None] - scores[target == 0, 1]
+    return (1 + lead.sign().double().mean().item()) / 2
+
+
+# ELEVATER's 20 test sets, and ImageNet: torchvision's class (-: a folder of pictures), metric
+_ZERO_SHOT = """
+imagenet-1k - accuracy; caltech-101 - mean_per_class; cifar-10 CIFAR10 accuracy;
+cifar-100 CIFAR100 accuracy; country211 Country211 accuracy; dtd DTD accuracy;
+eurosat_clip - accuracy; fer-2013 FER2013 accuracy; fgvc-aircraft FGVCAircraft mean_per_class;
+food-101 Food101 accuracy; gtsrb GTSRB accuracy; hateful-memes - roc_auc;
+kitti-distance - accuracy; mnist MNIST accuracy; oxford-flower-102 Flowers102 mean_per_class;
+oxford-iiit-pets OxfordIIITPet mean_per_class; patch-camelyon - accuracy;
+rendered-sst2 RenderedSST2 accuracy; resisc45_clip - accuracy; stanford-cars StanfordCars accuracy;
+voc-2007-classification VOCDetection map_11_point
+"""
+METRICS = {f.__name__: f for f in (accuracy, mean_per_class, map_11_point, roc_auc)}
+ZERO_SHOT = {name: (kind, METRICS[f]) for name, kind, f in map(str.split, _ZERO_SHOT.split(";"))}
+# of these options those that a class of torchvision's takes
+TEST_SPLIT = {"split": "test", "train": False, "year": "2007", "image_set": "test"}
+
+
+class ImageSet(NamedTuple):
+    base: Dataset  # of (picture, class number), or (picture, torchvision's VOC annotation)
+    classes: list[str]
+    templates: list[str]  # "a photo of a {}."
+    metric: Callable[[Tensor, Tensor], float]
+
+    def load(self, sample: tuple) -> tuple[Image.Image, int | Tensor]:
+        picture, target = sample
+        if isinstance(target, dict):  # VOC's difficult objects count as absent
+            objects = target["annotation"]["object"]
+            names = {o["name"] for o in objects if o["difficult"] == "0"}
+            target = torch.tensor([name in names for name in self.classes])
+        return picture.convert("RGB"), target
+
+
+def image_set(root: Path, name: str, download: bool) -> ImageSet:
+    """The test set of zeroshot/NAME: pictures in test/CLASS/, else torchvision's own files, which
+    it can download. Raises BadInput, also where the set is absent.
+
+    Class names are the lines of classes.txt, templates those of templates.txt, else the data set's
+    own names (ImageNet's: open_clip's, in the order of its folders) and open_clip's 80 templates.
+    """
+    folder, (kind, metric) = root / "zeroshot" / name, ZERO_SHOT[name]
+    if (folder / "test").is_dir():
+        with reading(folder / "test", "a folder with a folder of pictures for each class"):
+            base = torchvision.datasets.ImageFolder(folder / "test")
+    elif kind == "-":
+        raise BadInput(f"{folder / 'test'} is absent: a folder of pictures for each class")
+    else:
+        base = getattr(torchvision.datasets, kind)
+        options, known = TEST_SPLIT | {"download": download}, inspect.signature(base).parameters
+        hint = " (--download gets it)" if "download" in known else ""
+        with reading(folder, f"torchvision's {kind}{hint}"):
+            base = base(folder, **{k: v for k, v in options.items() if k in known})
+
+    def lines(file: str, default: list[str]) -> list[str]:
+        path = folder / file
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else default
+
+    own = [str(c).replace("_", " ") for c in getattr(base, "classes", ())]
+    classes = lines("classes.txt", open_clip.IMAGENET_CLASSNAMES if name == "imagenet-1k" else own)
+    if not classes or own and len(own) != len(classes):
+        raise BadInput(f"{folder}/classes.txt must name {len(own) or 'all'} classes, one a line")
+    prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    return ImageSet(base, classes, lines("templates.txt", prompts), metric)
+
+
+def zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, Cell]]:
+    """{row: {set: score in %}} of the softmax of 100 * cosine with a class's mean text [ELEVATER],
+    and the mean over ELEVATER's 20 if all are there."""
+    rows = {row: {} for row in scorer.models}
+    for name, images in sets.items():
+        features, targets = scorer.images(images.base, images.load, name)
+        prompts = [template.format(c) for c in images.classes for template in images.templates]
+        for row, texts in scorer.texts(prompts).items():
+            means = texts.unflatten(0, (len(images.classes), -1)).mean(1)  # (C, D)
+            scores = (100 * features[row] @ F.normalize(means).T).softmax(1)  # (N, C)
+            value = 100 * images.metric(scores, targets)
+            rows[row][name] = Cell(value, len(targets), len(targets))
+    elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
+    for cells in rows.values():
+        value = average(elevater, {name: c.value for name, c in cells.items()})
+        cells["ELEVATER"] = Cell(value, len({*elevater} & {*cells}), len(elevater))
+    return rows
 
 
 # ---- The benchmarks, and the paper's rows --------------------------------------------------------
 
 
 class Benchmark(NamedTuple):
-    title: str
-    items: Callable[[Files, argparse.Namespace], Iterable[Item]]
-    columns: Callable[[dict[str, Accuracy]], dict[str, Tree]] = lambda groups: {
-        g: g for g in groups
-    }
+    title: str  # with fields of the arguments
+    items: Callable[[Files, argparse.Namespace, str], Iterable[Item]]  # str: its name in BENCHMARKS
+    columns: Callable[[dict], dict[str, Tree]] = lambda groups: {group: group for group in groups}
     more: Callable[[list[Item], Features], dict[str, Cell]] = lambda *_: {}  # further columns
-    paper: str = ""  # rows of the paper: "ROW value value ..." in the order of the columns
-    get: str = ""  # what to download, where, how large
     analysis: bool = False  # with the intervals of Fig. 8
 
 
 def pairs_columns(groups: dict) -> dict:
-    return {g: g for g in groups} | {"mean": list(groups)}
+    return {group: group for group in groups} | {"mean": list(groups)}
 
 
 def toy_cells(items: list[Item], features: Features) -> dict[str, Cell]:
     """Retrieval among the full descriptions of all scenes, and the means of Fig. 8."""
     recall = retrieval_cells([i for i in items if i.group == "object"], features)
     means = similarities([i for i in items if i.group in KINDS], features).mean(0).tolist()
-    names = "S(T,Tk) %", "S(I,T)-S(I,Tk) %"
-    return {k: c for k, c in recall.items() if k.endswith("@1")} | {
-        name: Cell(100 * mean, len(items), len(items)) for name, mean in zip(names, means)
-    }
+    cells = {name: c for name, c in recall.items() if name.endswith("@1")}
+    for name, mean in zip(("S(T,Tk) %", "S(I,T)-S(I,Tk) %"), means):
+        cells[name] = Cell(100 * mean, len(items), len(items))
+    return cells
 
 
-VAL2017 = "http://images.cocodataset.org/zips/val2017.zip (0.8 GB) in coco/"
-VAL2014 = "http://images.cocodataset.org/zips/val2014.zip (6.3 GB) in coco/"
-SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 BENCHMARKS = {
-    "aro": Benchmark(
-        "ARO (Table 1)",
-        aro_items,
-        aro_columns,
-        paper="CLIP 59.3 62.9, NegCLIP 80.2 70.5, CE-CLIP 83.0 76.4, CE-CLIP+ 83.6 77.1",
-        get="of https://github.com/mertyg/vision-language-models-are-bows: "
-        "visual_genome_{relation,attribution}.json and images/ (1 GB) in aro/",
-        analysis=True,
-    ),
-    "order": Benchmark(
-        "ARO: word order, the caption among four perturbations",
-        order_items,
-        get=f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, {VAL2014}; "
-        f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
-    ),
-    "valse": Benchmark(
-        "VALSE (Table 1)",
-        valse_items,
-        valse_columns,
-        paper="""CLIP 68.7 57.1 61.0 65.4 77.8 71.8 54.1 51.0 89.8,
-        NegCLIP 76.8 71.7 65.0 72.9 81.6 84.7 58.6 53.8 91.9,
-        CE-CLIP 78.6 77.7 64.4 74.4 81.2 88.6 54.7 54.8 93.7,
-        CE-CLIP+ 84.5 79.2 67.8 76.4 83.4 89.4 56.7 57.8 94.7""",
-        get="data/*.json of https://github.com/Heidelberg-NLP/VALSE in valse/; pictures: README",
-    ),
-    "vlc": Benchmark(
-        "VL-CheckList (Table 2)",
-        vlc_items,
-        vlc_columns,
-        paper="""CLIP 70.5 69.4 69.5 60.7 67 80.2 79.7 72.2 53.8,
-        NegCLIP 72.1 75.7 78.1 61.3 67.3 84.4 83.8 80.7 57.1,
-        CE-CLIP 75.6 72.7 79.7 65.3 69.8 84.8 84.5 78.5 65.0,
-        CE-CLIP+ 78.5 83.5 85.2 65.8 70.8 86.7 85.9 81.0 68.4""",
-        get="corpus/ and data/ of https://github.com/om-ai-lab/VL-CheckList in vl_checklist/; "
-        "pictures: README",
-    ),
-    "sugarcrepe": Benchmark(
-        "SugarCrepe (Table 3)",
-        sugarcrepe_items,
-        sugarcrepe_columns,
-        paper="""CLIP 90.9 80.0 69.2 61.4 64.0 77.2 68.2,
-        NegCLIP 92.7 85.9 76.5 75.2 75.4 88.8 82.8,
-        CE-CLIP 93.1 88.8 79.0 72.8 77.0 92.4 93.4, CE-CLIP+ 93.8 90.8 83.2 76.8 79.3 93.8 94.9""",
-        get="data/*.json of https://github.com/RAIVNLab/sugar-crepe (2 MB) in sugarcrepe/, "
-        + VAL2017,
-    ),
+    "aro": Benchmark("ARO (Table 1)", aro_items, aro_columns, analysis=True),
+    "order": Benchmark("ARO: word order, the caption among four perturbations", order_items),
+    "valse": Benchmark("VALSE (Table 1)", valse_items, valse_columns),
+    "vlc": Benchmark("VL-CheckList (Table 2)", vlc_items, vlc_columns),
+    "sugarcrepe": Benchmark("SugarCrepe (Table 3)", sugarcrepe_items, sugarcrepe_columns),
     "coco": Benchmark(
-        "COCO retrieval, Karpathy's 5k test (Table 5: R@5)",
-        functools.partial(retrieval_items, source=KARPATHY["COCO"]),
-        more=retrieval_cells,
-        get=f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, {VAL2014}",
+        "COCO retrieval, Karpathy's 5k test (Table 5: R@5)", retrieval_items, more=retrieval_cells
     ),
-    "flickr30k": Benchmark(
-        "Flickr30k retrieval, 1k test",
-        functools.partial(retrieval_items, source=KARPATHY["Flickr30k"]),
-        more=retrieval_cells,
-        get=f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
-    ),
+    "flickr30k": Benchmark("Flickr30k retrieval, 1k test", retrieval_items, more=retrieval_cells),
+    "pairs": Benchmark("Negatives of {pairs}", negatives_items, pairs_columns, analysis=True),
+    "captions": Benchmark("Retrieval, {captions}", retrieval_items, more=retrieval_cells),
+    "toy": Benchmark("Toy world, unseen scenes", toy_items, more=toy_cells),
 }
-PAPER = ("CLIP", "CLIP-FT", "CE-CLIP", "CE-CLIP+")
-TABLE_5 = {  # task: benchmark, column, the paper's values
+SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
+GET = {  # what to download, how large, where to put it: of the benchmarks in --data-root
+    "aro": "visual_genome_{relation,attribution}.json and images/ (1 GB) of "
+    "https://github.com/mertyg/vision-language-models-are-bows in aro/",
+    "valse": "data/*.json of https://github.com/Heidelberg-NLP/VALSE in valse/; pictures: README",
+    "vlc": "corpus/ and data/ of https://github.com/om-ai-lab/VL-CheckList in vl_checklist/; "
+    "pictures: README",
+    "sugarcrepe": "data/*.json of https://github.com/RAIVNLab/sugar-crepe (2 MB) in sugarcrepe/, "
+    "http://images.cocodataset.org/zips/val2017.zip (0.8 GB) in coco/",
+    "coco": f"{SALESFORCE}/coco_karpathy_test.json in coco/annotations/, "
+    "http://images.cocodataset.org/zips/val2014.zip (6.3 GB) in coco/",
+    "flickr30k": f"{SALESFORCE}/flickr30k_test.json and flickr30k-images/ (4 GB) in flickr30k/",
+}
+GET["order"] = f"{GET['coco']}; {GET['flickr30k']}"
+PAPER = {  # rows of Tables 1 to 3, in the order of a benchmark's columns
+    "aro": "CLIP 59.3 62.9, NegCLIP 80.2 70.5, CE-CLIP 83.0 76.4, CE-CLIP+ 83.6 77.1",
+    "valse": """CLIP 68.7 57.1 61.0 65.4 77.8 71.8 54.1 51.0 89.8,
+    NegCLIP 76.8 71.7 65.0 72.9 81.6 84.7 58.6 53.8 91.9,
+    CE-CLIP 78.6 77.7 64.4 74.4 81.2 88.6 54.7 54.8 93.7,
+    CE-CLIP+ 84.5 79.2 67.8 76.4 83.4 89.4 56.7 57.8 94.7""",
+    "vlc": """CLIP 70.5 69.4 69.5 60.7 67 80.2 79.7 72.2 53.8,
+    NegCLIP 72.1 75.7 78.1 61.3 67.3 84.4 83.8 80.7 57.1,
+    CE-CLIP 75.6 72.7 79.7 65.3 69.8 84.8 84.5 78.5 65.0,
+    CE-CLIP+ 78.5 83.5 85.2 65.8 70.8 86.7 85.9 81.0 68.4""",
+    "sugarcrepe": """CLIP 90.9 80.0 69.2 61.4 64.0 77.2 68.2,
+    NegCLIP 92.7 85.9 76.5 75.2 75.4 88.8 82.8, CE-CLIP 93.1 88.8 79.0 72.8 77.0 92.4 93.4,
+    CE-CLIP+ 93.8 90.8 83.2 76.8 79.3 93.8 94.9""",
+}
+PAPER_5 = tuple(f"{name} (paper)" for name in ("CLIP", "CLIP-FT", "CE-CLIP", "CE-CLIP+"))
+TABLE_5 = {  # task: benchmark, column, and where the paper has them the values of PAPER_5
     "ARO-R": ("aro", "Relation", 59.3, 61.7, 83.0, 83.6),
     "ARO-A": ("aro", "Attribution", 62.9, 66.1, 76.4, 77.1),
     "VALSE": ("valse", "Avg 11 files", 65.3, 71.8, 72.5, 76.7),
@@ -803,46 +737,39 @@ TABLE_5 = {  # task: benchmark, column, the paper's values
     "SugarCrepe": ("sugarcrepe", "macro", 73.1, 77.2, 85.2, 87.5),
     "COCO T2I R@5": ("coco", "T2I R@5", 56.0, 66.2, 69.4, 72.3),
     "COCO I2T R@5": ("coco", "I2T R@5", 75.0, 78.3, 74.3, 76.1),
-    "ImageNet": ("zeroshot", "imagenet-1k", NAN, NAN, NAN, NAN),
+    "ImageNet": ("zeroshot", "imagenet-1k"),
     "ELEVATER": ("zeroshot", "ELEVATER", 56.4, 57.2, 53.2, 54.8),
-    "negatives": ("pairs", "mean", NAN, NAN, NAN, NAN),
-    "captions T2I R@5": ("captions", "T2I R@5", NAN, NAN, NAN, NAN),
-    "captions I2T R@5": ("captions", "I2T R@5", NAN, NAN, NAN, NAN),
+    "negatives": ("pairs", "mean"),
+    "captions T2I R@5": ("captions", "T2I R@5"),
+    "captions I2T R@5": ("captions", "I2T R@5"),
 }
 COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe", "negatives")
 
 
-def paper_rows(key: str, b: Benchmark) -> dict[str, dict[str, float]]:
+def paper_rows(key: str) -> dict[str, dict[str, Cell]]:
     """The paper's printed columns, and the averages that follow from them: two it misprints."""
-    columns, rows = b.columns({}), {}
-    for name, *values in (row.split() for row in b.paper.split(",") if row.strip()):
+    columns, rows = BENCHMARKS[key].columns({}), defaultdict(dict)
+    for row in PAPER[key].split(",") if key in PAPER else ():
+        name, *values = row.split()
         printed = dict(zip(columns, map(float, values)))
         leaf = {leaf: v for column, v in printed.items() for leaf in leaves(columns[column])}
         means = {c: average(t, leaf) for c, t in columns.items() if not isinstance(t, tuple)}
-        rows[name] = means | printed
+        rows[f"{name} (paper)"] = {c: Cell(v) for c, v in (means | printed).items()}
     for benchmark, column, *values in TABLE_5.values():
-        for name, value in zip(PAPER, values) if benchmark == key and not b.paper else ():
-            if not math.isnan(value):
-                rows.setdefault(name, {})[column] = value
-    return {f"{name} (paper)": row for name, row in rows.items()}
+        for name, value in zip(PAPER_5, values) if benchmark == key and key not in PAPER else ():
+            rows[name][column] = Cell(value)
+    return rows
 
 
 # ---- Reports -------------------------------------------------------------------------------------
 
 
-def markdown(rows: dict[str, dict[str, str | float | Cell]]) -> str:
-    """A table with the columns of all rows, numbers with one decimal."""
-
-    def text(value) -> str:
-        if isinstance(value, Cell):
-            value = "partial" if math.isnan(value.value) and value.scored else value.value
-        if isinstance(value, float):
-            value = "" if math.isnan(value) else f"{value:.1f}"
-        return str("" if value is None else value)
-
+def markdown(rows: dict[str, dict[str, str | Cell]]) -> str:
+    """A table with the columns of all rows."""
     columns = list(dict.fromkeys(column for row in reversed(rows.values()) for column in row))
     lines = [["", *columns]]
-    lines += [[name, *(text(row.get(column)) for column in columns)] for name, row in rows.items()]
+    for name, row in rows.items():
+        lines.append([name, *(str(row.get(column, "")) for column in columns)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
@@ -851,11 +778,12 @@ def markdown(rows: dict[str, dict[str, str | float | Cell]]) -> str:
 class Scored(NamedTuple):
     """One benchmark with all that was found."""
 
-    benchmark: Benchmark
+    title: str
     items: list[Item]
     absent: list[str]  # files
-    cells: dict[str, dict[str, Cell]]  # row -> column
+    cosines: dict[str, Tensor]  # row -> (N, 2), see Features.cosines
     groups: dict[str, dict[str, Accuracy]]  # row -> group
+    cells: dict[str, dict[str, Cell]]  # row -> column
     fig_8: dict[str, Tensor]  # row -> (3, 2): mean, lower and upper bound of `similarities`
 
     @property
@@ -865,15 +793,17 @@ class Scored(NamedTuple):
 
 
 def score_benchmark(b: Benchmark, items, absent, features: dict[str, Features]) -> Scored:
-    cells, groups, fig_8 = {}, {}, {}
+    """All numbers of one benchmark, for each model."""
+    cosines, cells, groups, fig_8 = {}, {}, {}, {}
     for row, f in features.items():
-        groups[row] = score(items, f)
-        columns = b.columns(groups[row])
-        cells[row] = {name: cell(tree, groups[row]) for name, tree in columns.items()}
-        cells[row] |= b.more(items, f)
-        if b.analysis and len(values := similarities(items, f)):
+        cosines[row] = f.cosines(items)
+        groups[row] = score(items, cosines[row])
+        trees = b.columns(groups[row]).items()
+        cells[row] = {name: cell(tree, groups[row]) for name, tree in trees} | b.more(items, f)
+        if b.analysis:
+            values = similarities(items, f)
             fig_8[row] = torch.cat([values.mean(0, keepdim=True), bootstrap(values)])
-    return Scored(b, items, absent, cells, groups, fig_8)
+    return Scored(b.title, items, absent, cosines, groups, cells, fig_8)
 
 
 def report(key: str, s: Scored) -> str:
@@ -881,8 +811,8 @@ def report(key: str, s: Scored) -> str:
     last = list(s.cells.values())[-1]
     counts = {column: f"{c.scored}/{c.all}" for column, c in last.items()}
     mark = " - PARTIAL" if s.partial else ""
-    text = [f"## {s.benchmark.title}, %{mark}"]
-    text += [markdown(paper_rows(key, s.benchmark) | s.cells | {"scored/all": counts})]
+    text = [f"## {s.title}, %{mark}"]
+    text += [markdown(paper_rows(key) | s.cells | {"scored/all": counts})]
     if s.absent:
         text.append(f"Absent: {', '.join(s.absent)}.")
     unique, same = len(set(s.items)), sum(i.positive in i.negatives for i in s.items)
@@ -893,42 +823,44 @@ def report(key: str, s: Scored) -> str:
     )
     if s.fig_8:
         text.append("Representations (Fig. 8), cosines in % with 99 % bootstrap intervals:")
-        names = "similarity of caption and negative", "gap between them for the picture"
-        rows = {
-            row: {
-                name: "{:.2f} [{:.2f}, {:.2f}]".format(*(100 * v).tolist())
-                for name, v in zip(names, values.T)
-            }
-            for row, values in s.fig_8.items()
-        }
+        names, rows = ("similarity of caption and negative", "gap between them for the picture"), {}
+        for row, values in s.fig_8.items():
+            means = ["{:.2f} [{:.2f}, {:.2f}]".format(*v) for v in (100 * values.T).tolist()]
+            rows[row] = dict(zip(names, means))
         text.append(markdown(rows))
     return "\n\n".join(text)
 
 
-def headline(results: dict[str, dict[str, dict[str, Cell]]], base: str | None) -> str:
+def table_5(results: dict[str, dict[str, dict[str, Cell]]]) -> dict[str, dict[str, Cell]]:
+    """{task: {row: its cell}} of {benchmark: {row: {column: cell}}}."""
+    return {
+        task: {row: cells[column] for row, cells in results[key].items() if column in cells}
+        for task, (key, column, *_) in TABLE_5.items()
+        if key in results
+    }
+
+
+def headline(tasks: dict[str, dict[str, Cell]], base: str | None) -> str:
     """Table 5: what composition gained beside what retrieval and classification lost."""
     rows = {}
-    for task, (benchmark, column, *paper) in TABLE_5.items():
-        rows[task] = {f"{n} (paper)": v for n, v in zip(PAPER, paper) if not math.isnan(v)}
-        for row in results.get(benchmark, ()):
-            cell, before = (results[benchmark].get(r, {}).get(column) for r in (row, base))
-            rows[task][row] = cell
-            if before and row != base and not math.isnan(cell.value + before.value):
-                rows[task][row] = f"{cell.value:.1f} ({cell.value - before.value:+.1f})"
-        if benchmark not in results:
-            del rows[task]
+    for task, cells in tasks.items():
+        rows[task] = dict(zip(PAPER_5, map(Cell, TABLE_5[task][2:]))) | cells
+        for row, cell in cells.items() if base in cells else ():
+            gain = cell.value - cells[base].value
+            if row != base and not isnan(gain):
+                rows[task][row] = f"{cell} ({gain:+.1f})"
     title = "## Gain and forgetting (Table 5)" + (f", difference to {base}" if base else "")
     return f"{title}\n\n{markdown(rows)}" if rows else ""
 
 
-def decisions(scored: dict[str, Scored], features: dict[str, Features]) -> Iterator[dict]:
+def decisions(scored: dict[str, Scored]) -> Iterator[dict]:
     """One record for each scored item and model."""
     for key, s in scored.items():
-        for row, f in features.items():
-            items = f.there(item for item in s.items if item.negatives)
-            for item, positive, negative in zip(items, *(x.tolist() for x in f.cosines(items))):
-                found = {"right": positive > negative, "cosines": [positive, negative]}
-                yield {"benchmark": key, "model": row, **item._asdict(), **found}
+        for row, cosines in s.cosines.items():
+            for item, (positive, negative) in zip(s.items, cosines.tolist()):
+                if not isnan(negative):
+                    found = {"right": positive > negative, "cosines": [positive, negative]}
+                    yield {"benchmark": key, "model": row, **item._asdict(), **found}
 
 
 def plain(x):
@@ -936,100 +868,104 @@ def plain(x):
     x = x._asdict() if hasattr(x, "_asdict") else x
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
-    return None if isinstance(x, float) and math.isnan(x) else x
+    return None if isinstance(x, float) and isnan(x) else x
 
 
-def write_results(args, text: str, results: dict, scored: dict, features: dict) -> None:
+def write_results(args, paths, text: str, results: dict, scored: dict[str, Scored]) -> None:
     """results.md, results.json, with --items items.jsonl; the same run writes the same bytes."""
     packages = ("torch", "open_clip_torch", "spacy", "transformers")
-    files = [path for path in (args.base, *(args.ckpt or ())) if path and Path(path).is_file()]
+    files = [path for path in (args.base, *paths.values()) if path and Path(path).is_file()]
+    places = "out", "examples", "figures"
     content = {
-        "settings": {
-            k: v for k, v in vars(args).items() if k not in ("out", "examples", "figures")
-        },
+        "settings": {k: v for k, v in vars(args).items() if k not in places},
         "versions": {name: version(name) for name in packages},
         "sha256": {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files},
-        "cells": plain(results),
-        "groups": {key: plain(s.groups) for key, s in scored.items()},
+        "cells": results,
+        "groups": {key: s.groups for key, s in scored.items()},
         "absent": {key: s.absent for key, s in scored.items()},
     }
-    save_text(args.out / "results.json", json.dumps(content, indent=1) + "\n")
+    save_text(args.out / "results.json", json.dumps(plain(content), indent=1) + "\n")
     save_text(args.out / "results.md", text)
     if args.items:
-        lines = (json.dumps(d) + "\n" for d in decisions(scored, features))
+        lines = (json.dumps(d) + "\n" for d in decisions(scored))
         save_text(args.out / "items.jsonl", "".join(lines))
 
 
 def save_text(path: Path, text: str) -> None:
-    with negatives.writing(path):
+    with writing(path):
         (part := Path(f"{path}.part")).write_text(text, encoding="utf-8")
         os.replace(part, path)
 
 
-def write_examples(folder: Path, key: str, s: Scored, features: dict[str, Features]) -> None:
+def write_examples(path: Path, s: Scored) -> None:
     """A sheet in the manner of Fig. 9 and 10: twelve items, where the models differ first."""
-    items = next(iter(features.values())).there(i for i in s.items if i.negatives)
-    if not items:
+    cosines = torch.stack([*s.cosines.values()])  # (models, N, 2)
+    order = (~cosines[0, :, 1].isnan()).nonzero().flatten().tolist()
+    if not order:
         return
-    chose = {row: [p > n for p, n in zip(*f.cosines(items))] for row, f in features.items()}
-    rng, entries = random.Random(0), []
-    order = rng.sample(range(len(items)), len(items))
-    right = {i: sum(bool(votes[i]) for votes in chose.values()) for i in order}
-    for i in sorted(order, key=lambda i: (right[i] in (0, len(chose)), right[i] > 0))[:12]:
-        item = items[i]
+    order = random.Random(0).sample(order, len(order))
+    votes = (cosines[..., 0] > cosines[..., 1]).T  # (N, models)
+    right, entries = votes.sum(1).tolist(), []
+    for i in sorted(order, key=lambda i: (right[i] in (0, len(cosines)), right[i] > 0))[:12]:
+        item = s.items[i]
         lines = [(item.positive, toy.GREEN), (item.negatives[0], toy.RED)]
-        lines += [
-            (f"{row}: {'the true one' if votes[i] else 'the false one'}", "gray")
-            for row, votes in chose.items()
-        ]
+        chose = ("the true one" if vote else "the false one" for vote in votes[i])
+        lines += [(f"{row}: {which}", "gray") for row, which in zip(s.cosines, chose)]
         entries.append((load_image(item.image, Image.Image.copy, item.box), lines))
-    toy.sheet(entries).save(folder / f"{key}.png")
+    toy.sheet(entries).save(path)
 
 
-def write_figures(args, scored: dict[str, Scored], gain: dict) -> None:
+def plot(path: Path, curves=(), bars=None, **texts) -> None:
+    """Curves (label, x, y), or bars (names, heights, errors)."""
+    from matplotlib.figure import Figure  # an optional package: main looks for it
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, x, y in curves:
+        axes.plot(x, y, label=label, marker="o" if len(x) < 20 else None)
+        axes.legend()
+    if bars:
+        axes.bar(*bars[:2], yerr=bars[2], ecolor="red")
+        axes.tick_params(axis="x", labelrotation=20)
+    axes.set(**texts)
+    figure.savefig(path, dpi=120)
+
+
+def write_figures(args, paths, scored: dict[str, Scored], tasks: dict) -> None:
     """Fig. 5b and 5d (thresholds and losses of each run), Fig. 8, and what WiSE-FT trades."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise BadInput("--figures needs matplotlib: pip install matplotlib") from e
-
-    def save(name, curves=(), bars=None, **texts):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for label, x, y in curves:
-            axes.plot(x, y, label=label, marker="o" if len(x) < 20 else None)
-            axes.legend()
-        if bars:
-            axes.bar(*bars[:2], yerr=bars[2], ecolor="red")
-            axes.tick_params(axis="x", labelrotation=20)
-        axes.set(**texts)
-        figure.savefig(args.figures / f"{name}.png", dpi=120)
-
-    for log in (Path(ckpt).parent / "log.jsonl" for ckpt in args.ckpt or ()):
-        if log.exists():
-            with reading(log, "a log of ce_clip.py"):
-                steps = [json.loads(line) for line in log.read_text().splitlines()]
-                at = [s["step"] for s in steps]
-            names = {
-                "thresholds": [f"threshold_{k}" for k in KINDS],
-                "losses": ["itc", "imc", "cmr"],
-            }
-            for what, keys in names.items():
-                curves = [(k, at, [s[k] for s in steps]) for k in keys if k in steps[0]]
-                save(f"fig5-{log.parent.name}-{what}", curves, title=what, xlabel="step")
+    of_fig_5 = {"thresholds": [f"threshold_{k}" for k in KINDS], "losses": ["itc", "imc", "cmr"]}
+    for log in dict.fromkeys(Path(path).parent / "log.jsonl" for path in paths.values()):
+        if not log.exists():
+            continue
+        with reading(log, "a log of ce_clip.py"):
+            steps = [json.loads(line) for line in log.read_text().splitlines()]
+            columns = {key: [step[key] for step in steps] for key in steps[0]}
+            at = columns["step"]
+        for name, keys in of_fig_5.items():
+            curves = [(key, at, columns[key]) for key in keys if key in columns]
+            path = args.figures / f"fig5-{log.parent.name}-{name}.png"
+            plot(path, curves, title=name, xlabel="step")
     titles = {"similarity": "S(T, T_hn)", "gap": "S(I, T) - S(I, T_hn)"}
     for key, s in scored.items():
         for column, (name, title) in enumerate(titles.items() if s.fig_8 else ()):
             mean, low, high = torch.stack(list(s.fig_8.values()))[:, :, column].T
             error = torch.stack([mean - low, high - mean]).clamp(min=0).tolist()
-            save(f"fig8-{key}-{name}", bars=(list(s.fig_8), mean.tolist(), error), title=title)
-    if args.wise:
-        curves = [
-            (ckpt, *zip(*(gain[row] for row in gain if row.startswith(f"{ckpt}, WiSE"))))
-            for ckpt in args.ckpt
-        ]
-        axes = {"xlabel": "standard tasks, mean %", "ylabel": "compositional tasks, mean %"}
-        save("wise", curves, title=f"WiSE-FT, alpha {args.wise}", **axes)
+            bars = list(s.fig_8), mean.tolist(), error
+            plot(args.figures / f"fig8-{key}-{name}.png", bars=bars, title=title)
+    curves = []
+    for ckpt in paths if args.wise else ():
+        rows = [f"{ckpt}, WiSE {alpha:g}" for alpha in args.wise]
+        means = ([mean_of_tasks(tasks, row, c) for row in rows] for c in (False, True))
+        curves.append((ckpt, *means))
+    if curves:
+        labels = {"xlabel": "standard tasks, mean %", "ylabel": "compositional tasks, mean %"}
+        plot(args.figures / "wise.png", curves, title=f"WiSE-FT, alpha {args.wise}", **labels)
+
+
+def mean_of_tasks(tasks: dict[str, dict[str, Cell]], row: str, compositional: bool) -> float:
+    """Of one model's tasks of that sort, of those that are whole; nan if there are none."""
+    of_sort = [cells for task, cells in tasks.items() if (task in COMPOSITIONAL) == compositional]
+    return torch.tensor([cells[row].value for cells in of_sort if row in cells]).nanmean().item()
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1044,14 +980,11 @@ TOY_RUNS = {  # row of the table: run of ce_clip.py
 
 def toy_checkpoints() -> dict[str, str]:
     """{row: last checkpoint} of the runs that `python ce_clip.py` made."""
-    found = {}
-    for row, folder in TOY_RUNS.items():
-        epochs = Path("runs", folder).glob("epoch_*.pt")
-        if last := max(epochs, key=lambda path: int(path.stem.split("_")[1]), default=None):
-            found[row] = str(last)
-    if not found:
+    found = {row: [*Path("runs", run).glob("epoch_*.pt")] for row, run in TOY_RUNS.items()}
+    if not any(found.values()):
         raise BadInput("no runs/toy: run python ce_clip.py first, or give --ckpt")
-    return found
+    last = {row: max(paths, key=lambda p: int(p.stem[6:])) for row, paths in found.items() if paths}
+    return {row: str(path) for row, path in last.items()}
 
 
 def interpolate(base: Loaded, tuned: Loaded, alpha: float) -> Loaded:
@@ -1060,16 +993,14 @@ def interpolate(base: Loaded, tuned: Loaded, alpha: float) -> Loaded:
     if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}:
         raise BadInput(f"--wise: the base is a {base.name}, the checkpoint a {tuned.name}")
     model = copy.deepcopy(tuned.model)
-    mixed = {
-        k: torch.lerp(one[k], v, alpha) if v.is_floating_point() else v for k, v in two.items()
-    }
-    model.load_state_dict(mixed)
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point():
+            weight.copy_(torch.lerp(one[name], weight, alpha))
     return tuned._replace(model=model)
 
 
-def load_models(args: argparse.Namespace) -> dict[str, Loaded]:
-    """{row: model}: the base, the checkpoints, and with --wise what lies between."""
-    paths = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
+def load_models(args: argparse.Namespace, paths: dict[str, str]) -> dict[str, Loaded]:
+    """{row: model}: the base, the checkpoints of {row: path}, with --wise what lies between."""
     base = {args.base: load_model(args.base, args.model)} if args.base else {}
     models = dict(base)
     for row, path in paths.items():
@@ -1081,59 +1012,36 @@ def load_models(args: argparse.Namespace) -> dict[str, Loaded]:
     return models
 
 
-def plan(args: argparse.Namespace) -> dict[str, tuple[Benchmark, list[Item], list[str]]]:
-    """{key: (benchmark, items, absent files)} of all that is asked for."""
-    asked = {key: BENCHMARKS[key] for key in args.bench if key in BENCHMARKS}
-    if args.pairs:
-        title = f"Negatives of {args.pairs}"
-        asked["pairs"] = Benchmark(title, negatives_items, pairs_columns, analysis=True)
-    if args.captions:
-        items = functools.partial(retrieval_items, source=(args.captions, args.images))
-        title = f"Retrieval, {args.captions}"
-        asked["captions"] = Benchmark(title, items, more=retrieval_cells)
+def plan(args: argparse.Namespace) -> tuple[dict[str, tuple], dict[str, ImageSet], list[str]]:
+    """{key: (benchmark, items, absent files)} and {name: zero-shot set} of what is asked for and
+    can be scored, and a line for each that cannot."""
+    asked = [key for key in dict.fromkeys(args.bench) if key in BENCHMARKS]
+    asked += [key for key in ("pairs", "captions") if vars(args)[key]]
     if not (args.bench or asked):
-        asked["toy"] = Benchmark("Toy world, unseen scenes", toy_items, more=toy_cells)
-    planned = {}
-    for key, benchmark in asked.items():
-        own = key in BENCHMARKS
-        files = Files(Path(args.data_root if own else ""))
-        planned[key] = benchmark, list(benchmark.items(files, args)), files.absent
-    return planned
-
-
-def plan_zero_shot(args: argparse.Namespace) -> tuple[dict[str, ImageSet], list[str]]:
-    """(the sets that are there, a line for each that is not)."""
-    names = [name for name in ZERO_SHOT if {"zeroshot", name} & {*args.bench}]
-    found = {name: image_set(Path(args.data_root), name, args.download) for name in names}
-    absent = [
-        f"zero-shot {name} is not scored: {s}" for name, s in found.items() if isinstance(s, str)
-    ]
-    if absent and len(absent) == len(ZERO_SHOT):
+        asked = ["toy"]
+    planned, sets, notes = {}, {}, []
+    for key in asked:
+        b = BENCHMARKS[key]
+        b = b._replace(title=b.title.format_map(vars(args)))
+        files = Files(Path(args.data_root if key in GET else ""))
+        items = list(b.items(files, args, key))
+        pictures = dict.fromkeys(item.image for item in items)
+        if any(map(os.path.exists, pictures)):
+            planned[key] = b, items, files.absent
+            continue
+        absent = files.absent or [*pictures] or ["its files"]
+        more = f" and {len(absent) - 1} more are" if len(absent) > 1 else " is"
+        get = f". Get {GET[key]}" if key in GET else ""
+        notes.append(f"{b.title} is not scored: {absent[0]}{more} absent{get}")
+    absent = []
+    for name in [name for name in ZERO_SHOT if {"zeroshot", name} & {*args.bench}]:
+        try:
+            sets[name] = image_set(Path(args.data_root), name, args.download)
+        except BadInput as e:
+            absent.append(f"zero-shot {name} is not scored: {e}")
+    if len(absent) == len(ZERO_SHOT):
         absent = [f"zero-shot: none of the sets is in {args.data_root}/zeroshot: see README"]
-    return {name: s for name, s in found.items() if isinstance(s, ImageSet)}, absent
-
-
-def score_zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, Cell]]:
-    """{row: {set: score}}, and their mean over ELEVATER's 20 if all are there."""
-    rows = defaultdict(dict)
-    for name, images in sets.items():
-        for row, value in zero_shot(scorer, name, images).items():
-            rows[row][name] = value
-    elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
-    for cells in rows.values():
-        value = average(elevater, {name: c.value for name, c in cells.items()})
-        cells["ELEVATER"] = Cell(value, len({*elevater} & {*cells}), len(elevater))
-    return dict(rows)
-
-
-def gains(results: dict[str, dict[str, dict[str, Cell]]]) -> dict[str, tuple[float, float]]:
-    """{row: (mean of its standard, of its compositional tasks of TABLE_5)}, of the whole ones."""
-    found = defaultdict(lambda: ([], []))
-    for task, (benchmark, column, *_) in TABLE_5.items():
-        for row, cells in results.get(benchmark, {}).items():
-            if column in cells and not math.isnan(cells[column].value):
-                found[row][task in COMPOSITIONAL].append(cells[column].value)
-    return {row: tuple(sum(v) / len(v) if v else NAN for v in both) for row, both in found.items()}
+    return planned, sets, notes + absent
 
 
 def parse_args() -> argparse.Namespace:
@@ -1145,24 +1053,14 @@ def parse_args() -> argparse.Namespace:
     add("--base", help="checkpoint or tag before fine-tuning: differences to it are shown")
     add("--wise", nargs="+", type=float, metavar="ALPHA", help="WiSE-FT: (1 - a) base + a ckpt")
     add = p.add_argument_group("benchmarks").add_argument
-    names = [*BENCHMARKS, "zeroshot"]
+    names = [key for key in BENCHMARKS if key in GET] + ["zeroshot"]
+    choices, all_of = [*names, *ZERO_SHOT], f"{', '.join(names)}, or one zero-shot set [all]"
     add("--data-root", help="folder of the benchmarks: see README")
-    add(
-        "--bench",
-        nargs="+",
-        choices=names + list(ZERO_SHOT),
-        metavar="NAME",
-        help=f"of {names} [all]",
-    )
+    add("--bench", nargs="+", choices=choices, metavar="NAME", help=all_of)
     add("--pairs", help="score the kinds of a .jsonl of negatives.py")
     add("--captions", help="retrieval on a COCO or Karpathy captions file")
     add("--images", help="picture folder of --pairs or --captions")
-    add(
-        "--vlc-rows",
-        type=int,
-        default=1000,
-        help="first rows of a VL-CheckList file, 0: all [paper]",
-    )
+    add("--vlc-rows", type=int, default=1000, help="first rows of each VLC file, 0: all [paper]")
     add("--download", action="store_true", help="let torchvision fetch zero-shot test sets")
     add("--strict", action="store_true", help="fail if a benchmark is absent or partial")
     add = p.add_argument_group("running").add_argument
@@ -1172,11 +1070,7 @@ def parse_args() -> argparse.Namespace:
     add = p.add_argument_group("output").add_argument
     add("--out", type=Path, help="folder for results.json and results.md")
     add("--items", action="store_true", help="items.jsonl in --out: each single decision")
-    add(
-        "--examples",
-        type=Path,
-        help="folder for sheets of pictures and what was chosen (Fig. 9, 10)",
-    )
+    add("--examples", type=Path, help="folder for sheets of what was chosen (Fig. 9, 10)")
     add("--figures", type=Path, help="folder for Fig. 5 and 8 and WiSE-FT, by matplotlib")
     args = p.parse_args()
     if bool(args.pairs or args.captions) != bool(args.images):
@@ -1196,54 +1090,39 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     for folder in filter(None, (args.out, args.examples, args.figures)):
-        with negatives.writing(folder / "x"):
+        with writing(folder / "x"):
             pass
-    planned = plan(args)
-    (sets, absent_sets), notes = plan_zero_shot(args), []
-    paths = dict.fromkeys(item.image for _, items, _ in planned.values() for item in items)
-    there = {path for path in paths if Path(path).exists()}
-    for key, (b, items, absent) in list(planned.items()):
-        if not any(item.image in there for item in items):
-            first = absent or [items[0].image if items else "its files"]
-            what = (
-                f"{first[0]} and {len(first) - 1} more are" if len(first) > 1 else f"{first[0]} is"
-            )
-            get = f". Get {b.get}" if b.get else ""
-            notes.append(f"{b.title} is not scored: {what} absent{get}")
-            del planned[key]
-    notes += absent_sets
+    if args.figures and not find_spec("matplotlib"):
+        raise BadInput("--figures needs matplotlib: pip install matplotlib")
+    paths = {path: path for path in args.ckpt} if args.ckpt else toy_checkpoints()
+    planned, sets, notes = plan(args)
     if not planned and not sets:
         raise BadInput("; ".join(notes))
     if args.strict and notes:
         raise BadInput(notes[0])
-    scorer = Scorer(load_models(args), args)
-    items = [i for _, items, _ in planned.values() for i in items if i.image in there]
+    scorer = Scorer(load_models(args, paths), args)
+    items = [item for _, items, _ in planned.values() for item in items]
     features = scorer.encode(items) if items else {}
-    scored = {
-        key: score_benchmark(b, items, absent, features)
-        for key, (b, items, absent) in planned.items()
-    }
-    results = {key: s.cells for key, s in scored.items()}
+    scored = {key: score_benchmark(*parts, features) for key, parts in planned.items()}
     text = [report(key, s) for key, s in scored.items()]
+    results = {key: s.cells for key, s in scored.items()}
     if sets:
-        results["zeroshot"] = score_zero_shot(scorer, sets)
-        metrics = {name: ZERO_SHOT[name][1] for name in sets}
-        text.append(
-            "## Zero-shot classification, %\n\n"
-            + markdown({"metric": metrics} | results["zeroshot"])
-        )
-    text.append(headline(results, args.base))
-    text.append("\n".join(notes))
+        results["zeroshot"] = zero_shot(scorer, sets)
+        metrics = {"metric": {name: images.metric.__name__ for name, images in sets.items()}}
+        table = markdown(metrics | results["zeroshot"])
+        text.append(f"## Zero-shot classification, %\n\n{table}")
+    tasks = table_5(results)
+    text += [headline(tasks, args.base), "\n".join(notes)]
     text = "\n\n".join(filter(None, text)) + "\n"
     print(text)
     if args.out:
-        write_results(args, text, results, scored, features)
+        write_results(args, paths, text, results, scored)
     for key, s in scored.items():
         if args.examples:
-            write_examples(args.examples, key, s, features)
+            write_examples(args.examples / f"{key}.png", s)
     if args.figures:
-        write_figures(args, scored, gains(results))
-    if args.strict and (partial := [s.benchmark.title for s in scored.values() if s.partial]):
+        write_figures(args, paths, scored, tasks)
+    if args.strict and (partial := [s.title for s in scored.values() if s.partial]):
         raise BadInput(f"partial, for pictures or files are absent: {', '.join(partial)}")
 
 
