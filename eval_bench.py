@@ -25,11 +25,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from math import isnan, nan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import open_clip
 import torch
-import torch.nn.functional as F
 import torchvision
 import yaml
 from PIL import Image
@@ -366,6 +366,10 @@ class Scorer:
         return {row: torch.cat(parts) for row, parts in rows.items()}, torch.cat(targets)
 
     @torch.inference_mode()
+    def text(self, loaded: Loaded, tokens: Tensor, normalize: bool = True) -> Tensor:
+        with self.precision:
+            return encode_text(loaded.model, tokens).float().cpu()
+
     def texts(self, texts: list[str]) -> dict[str, Tensor]:
         """{row: features (len(texts), D)}; batches are of texts of nearly one length."""
         found, tokens = {}, {}
@@ -374,8 +378,7 @@ class Scorer:
                 tokens[key] = loaded.tokenizer(texts)
             order, parts = tokens[key].argmax(1).argsort(stable=True), []  # by their end-of-text
             for rows in tqdm(order.split(4 * self.batch_size), f"{row}: texts", leave=False):
-                with self.precision:
-                    parts.append(encode_text(loaded.model, tokens[key][rows]).float().cpu())
+                parts.append(self.text(loaded, tokens[key][rows]))
             found[row] = torch.cat(parts)[order.argsort()]
         return found
 
@@ -648,10 +651,11 @@ def zero_shot(scorer: Scorer, sets: dict[str, ImageSet]) -> dict[str, dict[str, 
     rows = {row: {} for row in scorer.models}
     for name, images in sets.items():
         features, targets = scorer.images(images.base, images.load, name)
-        prompts = [template.format(c) for c in images.classes for template in images.templates]
-        for row, texts in scorer.texts(prompts).items():
-            means = texts.unflatten(0, (len(images.classes), -1)).mean(1)  # (C, D)
-            scores = (100 * features[row] @ F.normalize(means).T).softmax(1)  # (N, C)
+        for row, loaded in scorer.models.items():
+            text = SimpleNamespace(encode_text=functools.partial(scorer.text, loaded))
+            prompts = loaded.tokenizer, images.classes, images.templates
+            weights = open_clip.build_zero_shot_classifier(text, *prompts).float()  # (D, C)
+            scores = (100 * features[row] @ weights).softmax(1)  # (N, C)
             value = 100 * images.metric(scores, targets)
             rows[row][name] = Cell(value, len(targets), len(targets))
     elevater = [name for name in ZERO_SHOT if name != "imagenet-1k"]
