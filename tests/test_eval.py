@@ -172,6 +172,7 @@ def test_metrics_of_elevater_by_hand():
     assert eval_bench.mean_per_class(scores, target) == (1 + 0.5) / 2
     # of class 1: positives .3 and .2, negatives .2 and .1
     assert eval_bench.roc_auc(scores, (target == 1).long()) == (2 + 1.5) / 4
+    assert eval_bench.roc_auc(scores, (target == 0).long()) == (0 + 0.5) / 4
     # precision 1 at recall 1/2, 2/3 at recall 1 (.2 is a tie): 6 levels of 1, 5 of 2/3
     hits = torch.stack([target < 0, target == 1, target < 0], 1)
     assert eval_bench.map_11_point(scores, hits) == pytest.approx((6 + 5 * 2 / 3) / 11)
@@ -383,6 +384,17 @@ def test_command_on_every_benchmark(here, monkeypatch, capsys):
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
     with pytest.raises(BadInput, match="Flickr30k retrieval, 1k test is not scored"):
         run(monkeypatch, capsys, *options, "--strict")
+
+
+def test_a_box_of_aro_is_left_top_right_bottom(here):
+    first = next(iter(eval_bench.aro_items(Files(Path("data")))))
+    assert first == Item(
+        "relation/on",
+        "data/aro/images/7.jpg",
+        (5, 3, 35, 23),
+        "the dog is on the mat",
+        ("the mat is on the dog",),
+    )
 
 
 def test_rows_of_vl_checklist(here):
