@@ -769,8 +769,9 @@ def paper_rows(key: str) -> dict[str, dict[str, Cell]]:
 
 
 def markdown(rows: dict[str, dict[str, str | Cell]]) -> str:
-    """A table with the columns of all rows."""
-    columns = list(dict.fromkeys(column for row in reversed(rows.values()) for column in row))
+    """A table with the columns of all rows, in the order of the longest."""
+    longest_first = sorted(rows.values(), key=len, reverse=True)
+    columns = list(dict.fromkeys(column for row in longest_first for column in row))
     lines = [["", *columns]]
     for name, row in rows.items():
         lines.append([name, *(str(row.get(column, "")) for column in columns)])
