@@ -291,7 +291,7 @@ def _load_file(weights: str, name: str | None) -> Loaded:
         saved = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise BadInput(f"{weights} is not a readable checkpoint: {str(e).splitlines()[0]}") from e
-    if isinstance(saved, dict) and "config" in saved and "model" in saved:
+    if isinstance(saved, dict) and "config" in saved and isinstance(saved.get("model"), str):
         return build_model(saved["model"], weights, saved["config"], saved.get("preprocess"))
     if name is None:
         raise BadInput(f"{weights} does not say which model it holds: give --model")
@@ -720,7 +720,7 @@ class RunFolder:
 
     def __init__(self, out: Path, config: dict, loaded: Loaded, start: int, total: int, bad: set):
         self.out, self.config, self.loaded = out, config, loaded
-        self.bad, self.named = bad, set(bad)  # pictures that this process could not read
+        self.bad, self.named = bad, set(bad)  # pictures that could not be read
         self.waiting, self.clock = [], time.perf_counter()
         bar = {"total": total, "initial": start, "desc": str(out), "unit": "step"}
         self.bar = tqdm(**bar, disable=rank() > 0)
@@ -744,11 +744,13 @@ class RunFolder:
 
     def flush(self, stop: bool) -> bool:
         """Write a line for each waiting step: every loss term and threshold, exp(logit_scale), lr,
-        pairs/s, and how many pictures could not be read, each of which is named once. Returns
+        pairs/s, and how many pictures no process could read, each of which is named once. Returns
         whether any process is to stop. Raises BadInput for a loss that is not finite, and for too
         many bad pictures."""
-        for path in sorted(self.bad - self.named):
+        stop, self.bad = agree(stop, self.bad)
+        for path in sorted(self.bad - self.named) if rank() == 0 else ():
             tqdm.write(f"{path} cannot be read: another picture takes its place", sys.stderr)
+        self.named |= self.bad
         rows = torch.stack([values for *_, values in self.waiting]).tolist()  # one transfer
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         speed = self.config["batch_size"] * len(rows) / seconds
@@ -763,8 +765,6 @@ class RunFolder:
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         self.bar.update(len(rows))
         self.waiting = []
-        stop, self.bad = agree(stop, self.bad)
-        self.named |= self.bad
         if len(self.bad) > self.config["max_bad_images"]:
             raise BadInput(f"{len(self.bad)} pictures cannot be read, more than --max-bad-images")
         return stop
@@ -788,6 +788,8 @@ def last_state(out: Path, config: dict) -> dict:
     Refuses a run of other settings; OPERATION may differ, for it changes no result.
     """
     if not (out / "config.json").exists():
+        if any(out.glob("*.pt")):
+            raise BadInput(f"{out} holds checkpoints of no run of ours: give another --out")
         return {}
     old, new = read_json(out / "config.json"), json.loads(json.dumps(config))
     differ = [k for k, v in new.items() if k not in OPERATION and old.get(k) != v]
@@ -807,7 +809,7 @@ def set_up(args: argparse.Namespace, state: dict, device):
     """(the model, what encodes for all processes, its optimizer), as a run begins or goes on."""
     torch.manual_seed(args.seed)
     if state:
-        loaded = build_model(state["model"], None, state["config"], state["preprocess"])
+        loaded = build_model(state["model"], None, state["config"], state.get("preprocess"))
     elif args.pretrained and Path(args.pretrained).is_file():
         loaded = load_model(args.pretrained, args.model)
         if loaded.name != Path(args.model).name.removesuffix(".json"):
@@ -968,7 +970,8 @@ def main() -> None:
     first = Path(f"{args.out}-pretrained")
     pretrain = args.data == ["toy"] and args.pretrained is None
     for out in [first] * pretrain + list(runs):  # before hours of work, not after
-        if (out / "config.json").exists() and not (args.overwrite or args.resume):
+        there = (out / "config.json").exists() or any(out.glob("epoch_*.pt"))
+        if there and not (args.overwrite or args.resume):
             raise BadInput(f"{out} holds a run: give another --out, --resume or --overwrite")
     records = collect_records(args)
     if pretrain:

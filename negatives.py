@@ -72,9 +72,13 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main(); a user's mistake ends in one line and exit code 1."""
     try:
         main()
-    except BadInput as e:  # a loader process hands on a whole traceback, whose last line it is
-        message = str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+    except BadInput as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {last_line(e)}")
+
+
+def last_line(e: BadInput) -> str:
+    """Its message: a loader process hands on a whole traceback, whose last line that is."""
+    return str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
 
 
 # ---- Captions in ---------------------------------------------------------------------------------

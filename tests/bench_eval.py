@@ -65,6 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = eval_bench.Files(Path(args.data_root))
         items = stand_ins(list(eval_bench.sugarcrepe_items(files)), Path(folder))
+        if not items:
+            p.error(f"{args.data_root} has no sugarcrepe/*.json")
         some = items[:: max(1, len(items) // args.items)]
         one_at_a_time(loaded, some[:3])
         start = time.perf_counter()

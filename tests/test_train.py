@@ -135,7 +135,7 @@ def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
     expected = tiny_model(world).model.state_dict()
     state = {prefix + key: value for key, value in expected.items()}
     saved = state if layout == "bare" else {"epoch": 5, layout: state}
-    torch.save(saved, tmp_path / "x.pt")
+    torch.save(saved | {"config": {}} if layout == "model" else saved, tmp_path / "x.pt")
     found = ce_clip.load_model(str(tmp_path / "x.pt"), str(world / "tiny.json")).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert "activation" not in capsys.readouterr().err
@@ -579,6 +579,16 @@ def test_checkpoints_without_a_state_are_not_lost(world, tmp_path):
     assert "holds checkpoints but no state to resume" in done.stderr
     assert (tmp_path / "x" / "epoch_1.pt").exists()
     assert len(log) == 3
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_checkpoints_of_others_are_not_lost(world, tmp_path, more):
+    """open_clip's own runs leave epoch_N.pt too."""
+    (tmp_path / "epoch_1.pt").write_bytes(b"somebody's")
+    done = run(*tiny_options(world, tmp_path), *more)
+    assert done.returncode == 1
+    assert f"{tmp_path} holds" in done.stderr
+    assert (tmp_path / "epoch_1.pt").read_bytes() == b"somebody's"
 
 
 def test_a_run_of_other_settings_is_not_resumed(world, uninterrupted):
