@@ -744,7 +744,7 @@ class RunFolder:
 
     def flush(self, stop: bool) -> bool:
         """Write a line for each waiting step: every loss term and threshold, exp(logit_scale), lr,
-        pairs/s, and how many pictures no process could read, each of which is named once. Returns
+        pairs/s, and how many pictures could not be read, each of which is named once. Returns
         whether any process is to stop. Raises BadInput for a loss that is not finite, and for too
         many bad pictures."""
         stop, self.bad = agree(stop, self.bad)
@@ -813,7 +813,7 @@ def set_up(args: argparse.Namespace, state: dict, device):
     elif args.pretrained and Path(args.pretrained).is_file():
         loaded = load_model(args.pretrained, args.model)
         if loaded.name != Path(args.model).name.removesuffix(".json"):
-            raise BadInput(f"{args.pretrained} holds a {loaded.name}: --model {args.model} is not")
+            raise BadInput(f"{args.pretrained} holds a {loaded.name}, not a {args.model}: --model")
     else:
         loaded = build_model(args.model, args.pretrained)
     model = loaded.model.to(device).train()

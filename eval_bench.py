@@ -862,6 +862,13 @@ def report(key: str, s: Scored) -> str:
     return "\n\n".join(text)
 
 
+def report_zero_shot(sets: dict[str, ImageSet], rows: dict[str, dict[str, Cell]]) -> str:
+    last = [*rows.values()][-1]
+    metrics = {name: sets[name].metric.__name__ for name in last if name in sets}
+    table = markdown({"metric": metrics} | rows | {"scored/all": counts(last)})
+    return f"## Zero-shot classification, %\n\n{table}"
+
+
 def table_5(results: dict[str, dict[str, dict[str, Cell]]]) -> dict[str, dict[str, Cell]]:
     """{task: {row: its cell}} of {benchmark: {row: {column: cell}}}."""
     return {
@@ -1142,10 +1149,7 @@ def main() -> None:
     results = {key: s.cells for key, s in scored.items()}
     if sets:
         results["zeroshot"] = score_zero_shot(scorer, sets, notes)
-        last = [*results["zeroshot"].values()][-1]
-        rows = {"metric": {name: sets[name].metric.__name__ for name in last if name in sets}}
-        rows |= results["zeroshot"] | {"scored/all": counts(last)}
-        text.append(f"## Zero-shot classification, %\n\n{markdown(rows)}")
+        text.append(report_zero_shot(sets, results["zeroshot"]))
     tasks = table_5(results)
     text += [headline(tasks, args.base), "\n".join(notes)]
     text = "\n\n".join(filter(None, text)) + "\n"

@@ -43,8 +43,8 @@ def coco_captions(path: Path, captions: dict[str, list[str]]) -> Path:
 def tiny_roberta(tmp_path_factory):
     """A RobertaForMaskedLM of a few thousand parameters with its own tokenizer, saved to disk."""
     folder = tmp_path_factory.mktemp("roberta")
-    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġa", "Ġred", "Ġblue", "Ġcat", "Ġdog"]
-    vocabulary += ["Ġsees", "ing", "Ġ3", "Ġ", "s"]
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġa", "Ġred", "Ġblue", "Ġcat"]
+    vocabulary += ["Ġdog", "Ġsees", "ing", "Ġ3", "Ġ", "s"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="Ġ")
     PreTrainedTokenizerFast(

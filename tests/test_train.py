@@ -581,6 +581,14 @@ def test_checkpoints_without_a_state_are_not_lost(world, tmp_path):
     assert len(log) == 3
 
 
+def test_pretrained_weights_of_another_model_are_refused(world, tmp_path):
+    ce_clip.save_checkpoint(tmp_path / "x.pt", ce_clip.build_model("tiny-other", config=TINY))
+    done = run(*tiny_options(world, tmp_path / "x"), "--pretrained", tmp_path / "x.pt")
+    assert done.returncode == 1
+    message = f"{tmp_path / 'x.pt'} holds a tiny-other, not a {world / 'tiny.json'}: --model"
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize("more", [[], ["--resume"]])
 def test_checkpoints_of_others_are_not_lost(world, tmp_path, more):
     """open_clip's own runs leave epoch_N.pt too."""
