@@ -8,6 +8,7 @@ negatives, training and evaluation run on it in minutes on a CPU, by the code th
 """
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -69,85 +70,58 @@ class Scene(NamedTuple):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def _shape(
-    draw: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, color: tuple
-) -> None:
+# Parts of an object in its half-widths, from its centre: four numbers are an oval's left, top,
+# right and bottom, more of them a polygon's points; a hole is grey.
+_SHAPES = """
+ball = -1 -1 1 1
+tree = 0 -1 .6 -.2 -.6 -.2; 0 -.5 .8 .5 -.8 .5; -.15 .5 .15 .5 .15 1 -.15 1
+cat = -.8 -.6 .8 1; -.8 -1 -.1 -.5 -.8 .2; .8 -1 .1 -.5 .8 .2;
+    hole -.45 -.1 -.15 .2; hole .15 -.1 .45 .2
+fish = -.4 -.6 1 .6; -1 -.6 -.1 0 -1 .6; hole .5 -.25 .75 0
+bird = -.6 -.3 .5 .8; .1 -.9 .8 -.2; .7 -.7 1 -.5 .7 -.4; -1 -.6 -.3 0 -.5 .4
+car = -1 .5 -1 -.1 -.6 -.1 -.4 -.6 .4 -.6 .6 -.1 1 0 1 .5; -.75 .2 -.2 .75; .2 .2 .75 .75;
+    hole -.6 .35 -.35 .6; hole .35 .35 .6 .6
+boat = -1 .3 1 .3 .6 .9 -.6 .9; -.1 -1 -.1 .2 -.8 .2; .1 -.8 .7 .2 .1 .2
+barn = -1 -.1 0 -1 1 -.1; -.75 -.1 .75 -.1 .75 1 -.75 1; hole -.2 .4 .2 .4 .2 1 -.2 1
+cup = .1 -.5 1 .5; hole .35 -.25 .75 .25; -.9 -.8 .6 -.8 .4 .8 -.7 .8
+heart = -1 -.9 .05 .1; -.05 -.9 1 .1; -.95 -.2 .95 -.2 0 1
+hat = -1 .3 1 .3 1 .65 -1 .65; -.55 -.8 .55 -.8 .65 .3 -.65 .3
+"""
+
+
+def _round(n: int, first: float, turn: float) -> list[tuple[float, float]]:
+    """n points of the unit circle, from the angle first * pi on, in steps of turn * pi."""
+    angles = [math.pi * (first + turn * i) for i in range(n)]
+    return [(math.cos(t), math.sin(t)) for t in angles]
+
+
+@functools.cache
+def shapes() -> dict[str, list[tuple[bool, list[float]]]]:
+    """{object: its parts, (whether it is a hole, numbers)}."""
+    found = {}
+    for line in _SHAPES.replace(";\n", ";").strip().splitlines():
+        name, parts = line.split("=")
+        found[name.strip()] = [
+            ("hole" in part, [float(x) for x in part.split() if x != "hole"])
+            for part in parts.split(";")
+        ]
+    tips = [x * (0.42 if i % 2 else 1) for i, p in enumerate(_round(10, -0.5, 0.2)) for x in p]
+    found["star"] = [(False, tips)]
+    outer = _round(17, 0.3, 1.4 / 16)  # of the moon; and back along an inner arc
+    inner = [(0.5 + 0.82 * a, 0.82 * b) for a, b in reversed(outer)]
+    found["moon"] = [(False, [x for point in outer + inner for x in point])]
+    petals = [(0.6 * a, 0.6 * b) for a, b in _round(5, 0, 0.4)]
+    found["flower"] = [(False, [a - 0.42, b - 0.42, a + 0.42, b + 0.42]) for a, b in petals]
+    found["flower"].append((True, [-0.3, -0.3, 0.3, 0.3]))
+    return found
+
+
+def _shape(draw: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, color) -> None:
     """Draw one object with centre (x, y) and half-width r, in pixels of the oversampled picture."""
-
-    def poly(*points, fill=color):
-        draw.polygon([(x + r * a, y + r * b) for a, b in points], fill=fill)
-
-    def oval(left, top, right, bottom, fill=color):
-        draw.ellipse((x + r * left, y + r * top, x + r * right, y + r * bottom), fill=fill)
-
-    hole = (128, 128, 128)
-    if name == "ball":
-        oval(-1, -1, 1, 1)
-    elif name == "star":
-        tips = ((1 if i % 2 == 0 else 0.42, math.pi * (i / 5 - 0.5)) for i in range(10))
-        poly(*((a * math.cos(t), a * math.sin(t)) for a, t in tips))
-    elif name == "tree":
-        poly((0, -1), (0.6, -0.2), (-0.6, -0.2))
-        poly((0, -0.5), (0.8, 0.5), (-0.8, 0.5))
-        poly((-0.15, 0.5), (0.15, 0.5), (0.15, 1), (-0.15, 1))
-    elif name == "cat":
-        oval(-0.8, -0.6, 0.8, 1)
-        poly((-0.8, -1), (-0.1, -0.5), (-0.8, 0.2))
-        poly((0.8, -1), (0.1, -0.5), (0.8, 0.2))
-        oval(-0.45, -0.1, -0.15, 0.2, hole)
-        oval(0.15, -0.1, 0.45, 0.2, hole)
-    elif name == "fish":
-        oval(-0.4, -0.6, 1, 0.6)
-        poly((-1, -0.6), (-0.1, 0), (-1, 0.6))
-        oval(0.5, -0.25, 0.75, 0, hole)
-    elif name == "bird":
-        oval(-0.6, -0.3, 0.5, 0.8)
-        oval(0.1, -0.9, 0.8, -0.2)
-        poly((0.7, -0.7), (1, -0.5), (0.7, -0.4))
-        poly((-1, -0.6), (-0.3, 0), (-0.5, 0.4))
-    elif name == "car":
-        poly(
-            (-1, 0.5),
-            (-1, -0.1),
-            (-0.6, -0.1),
-            (-0.4, -0.6),
-            (0.4, -0.6),
-            (0.6, -0.1),
-            (1, 0),
-            (1, 0.5),
-        )
-        oval(-0.75, 0.2, -0.2, 0.75)
-        oval(0.2, 0.2, 0.75, 0.75)
-        oval(-0.6, 0.35, -0.35, 0.6, hole)
-        oval(0.35, 0.35, 0.6, 0.6, hole)
-    elif name == "boat":
-        poly((-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9))
-        poly((-0.1, -1), (-0.1, 0.2), (-0.8, 0.2))
-        poly((0.1, -0.8), (0.7, 0.2), (0.1, 0.2))
-    elif name == "barn":
-        poly((-1, -0.1), (0, -1), (1, -0.1))
-        poly((-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1))
-        poly((-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1), fill=hole)
-    elif name == "cup":
-        oval(0.1, -0.5, 1, 0.5)
-        oval(0.35, -0.25, 0.75, 0.25, hole)
-        poly((-0.9, -0.8), (0.6, -0.8), (0.4, 0.8), (-0.7, 0.8))
-    elif name == "heart":
-        oval(-1, -0.9, 0.05, 0.1)
-        oval(-0.05, -0.9, 1, 0.1)
-        poly((-0.95, -0.2), (0.95, -0.2), (0, 1))
-    elif name == "moon":  # the outer arc, and back along an inner one
-        turns = [math.pi * (0.3 + 1.4 * i / 16) for i in range(17)]
-        outer = [(math.cos(t), math.sin(t)) for t in turns]
-        poly(*outer, *((0.5 + 0.82 * a, 0.82 * b) for a, b in reversed(outer)))
-    elif name == "hat":
-        poly((-1, 0.3), (1, 0.3), (1, 0.65), (-1, 0.65))
-        poly((-0.55, -0.8), (0.55, -0.8), (0.65, 0.3), (-0.65, 0.3))
-    elif name == "flower":
-        for i in range(5):
-            a, b = 0.6 * math.cos(math.pi * i / 2.5), 0.6 * math.sin(math.pi * i / 2.5)
-            oval(a - 0.42, b - 0.42, a + 0.42, b + 0.42)
-        oval(-0.3, -0.3, 0.3, 0.3, hole)
+    for hole, numbers in shapes()[name]:
+        points = [(x + r * a, y + r * b) for a, b in zip(numbers[::2], numbers[1::2])]
+        part = draw.ellipse if len(points) == 2 else draw.polygon
+        part(points, fill=(128, 128, 128) if hole else color)
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
