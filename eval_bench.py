@@ -389,6 +389,9 @@ class Scorer:
         texts = list(dict.fromkeys(text for i in items if i.key in image for text in i.texts))
         text = {t: n for n, t in enumerate(texts)}
         (pictures, _), encoded = self.images(keys, picture, "benchmarks"), self.texts(texts)
+        for row in self.models:  # nan would pass for an item without a picture
+            if not (pictures[row].isfinite().all() and encoded[row].isfinite().all()):
+                raise BadInput(f"{row} gives features that are not finite: its weights are broken")
         return {row: Features(pictures[row], encoded[row], image, text) for row in self.models}
 
 

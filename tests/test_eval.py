@@ -589,6 +589,13 @@ def test_mistakes_are_one_line(here, monkeypatch, options, message):
     assert "\n" not in str(e.value)
 
 
+def test_broken_weights_are_not_missing_pictures(here):
+    broken = scorer(one="tiny/epoch_1.pt")
+    torch.nn.init.constant_(broken.models["one"].model.text_projection, torch.nan)
+    with pytest.raises(BadInput, match="one gives features that are not finite"):
+        broken.encode(list(eval_bench.sugarcrepe_items(Files(Path("data")))))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
