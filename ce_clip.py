@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import negatives
 import toy
+import xvlm
 from negatives import KINDS, BadInput, read_json, reading, run
 
 # ---- Losses (Sec. 3.2). Tensors in, scalar out: no args object, no files, no torch.distributed. --
@@ -217,7 +218,7 @@ def own_pairs(sim: Tensor, sim_neg: Tensor) -> tuple[Tensor, Tensor]:
     return sim.diagonal(), sim_neg.diagonal(dim1=0, dim2=1).T
 
 
-# ---- Models and checkpoints: open_clip's CLIPs, and the toy world's ------------------------------
+# ---- Models and checkpoints: open_clip's CLIPs, X-VLM, and the toy world's -----------------------
 
 
 class Loaded(NamedTuple):
@@ -232,13 +233,20 @@ class Loaded(NamedTuple):
     tokenizer: Callable
 
 
+def named_config(name: str) -> tuple[str, dict | None]:
+    """(name, config) of a value of --model; no config where open_clip has it."""
+    if name.endswith(".json"):
+        return Path(name).stem, read_json(Path(name))
+    return name, {"toy": toy.MODEL, "xvlm": xvlm.CONFIG}.get(name)
+
+
 def build_model(
     name: str,
     pretrained: str | None = None,
     config: dict | None = None,
     preprocess: dict | None = None,
 ) -> Loaded:
-    """A model by its open_clip name, "toy", or the path of an open_clip model config (.json).
+    """A model by its open_clip name, "toy", "xvlm", or the path of a model config (.json).
 
     pretrained  an open_clip tag, or a weights file; None = random weights
     config      open_clip's model config, for a name that open_clip does not know
@@ -246,9 +254,11 @@ def build_model(
     Some weights, OpenAI's among them, need QuickGELU, which open_clip 3 only warns about: we take
     the model's -quickgelu twin. Raises BadInput.
     """
-    if name.endswith(".json"):
-        name, config = Path(name).stem, read_json(Path(name))
-    config = toy.MODEL if name == "toy" and config is None else config
+    if config is None:
+        name, config = named_config(name)
+    if config and "fusion_layer" in config:
+        model, *others = xvlm.build(config, pretrained)
+        return Loaded(model, name, config, *others)
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
     if tag and tag.get("quick_gelu") and open_clip.get_model_config(f"{name}-quickgelu"):
         name += "-quickgelu"
@@ -553,9 +563,9 @@ def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list
 class Encoder(nn.Module):
     """What DistributedDataParallel wraps: one forward for pictures and all captions that exist."""
 
-    def __init__(self, model: nn.Module, precision: str = "fp32"):
+    def __init__(self, model: nn.Module, precision="fp32", itm=False, itm_negatives=False):
         super().__init__()
-        self.bf16 = precision == "bf16"
+        self.bf16, self.itm, self.itm_negatives = precision == "bf16", itm, itm_negatives
         self.model = model.to(memory_format=torch.channels_last)  # ResNets: faster convolutions
         for module in model.modules():  # but 8x slower norms of few channels on a CPU: the toy's
             if isinstance(module, nn.BatchNorm2d) and module.num_features <= 8:
@@ -563,19 +573,25 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, valid: Tensor):
         """images (b, 3, H, W), tokens (b, 1 + K, L), valid (b, K) -> unit features image (b, D),
-        text (b, 1 + K, D), 0 where a negative is missing, and exp(logit_scale).
+        text (b, 1 + K, D), 0 where a negative is missing, exp(logit_scale), and with --itm X-VLM's
+        matching loss of these pairs.
 
         `tokens` and `valid` stay on the CPU: what is to be encoded is known without a device sync.
         """
         exists = F.pad(valid, (1, 0), value=True)  # (b, 1 + K)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            image = self.model.encode_image(images, normalize=True).float()
-            encoded = encode_text(self.model, tokens[exists]).float()
+            if self.itm:
+                own = tokens[exists]
+                image, encoded, *itm = self.model(images, own, exists, self.itm_negatives)
+            else:
+                image = self.model.encode_image(images, normalize=True)
+                encoded, itm = encode_text(self.model, tokens[exists]), ()
+        image, encoded = image.float(), encoded.float()
         text = image.new_zeros(exists.numel(), image.shape[-1])
         where = exists.flatten().nonzero().squeeze(1).to(images.device, non_blocking=True)
         text = text.index_copy(0, where, encoded).view(*exists.shape, -1)
-        return image, text, self.model.logit_scale.exp()
+        return image, text, self.model.logit_scale.exp(), *itm
 
 
 def similarities(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -594,6 +610,11 @@ def prepare_model(model: nn.Module, args: argparse.Namespace) -> None:
     text = getattr(model, "text", None)
     if type(text).__name__ == "HFTextEncoder":
         text.transformer.eval()
+    of_xvlm = isinstance(model, xvlm.XVLM)
+    if args.micro_batch and of_xvlm:
+        raise BadInput("--micro-batch needs two equal passes: X-VLM's dropout forbids it")
+    if args.itm and not (of_xvlm and args.batch_size > world_size()):
+        raise BadInput("--itm needs an X-VLM, and two pairs or more a process")
     try:
         if args.lock_image:
             model.lock_image_tower(freeze_bn_stats=True)
@@ -604,25 +625,32 @@ def prepare_model(model: nn.Module, args: argparse.Namespace) -> None:
         raise BadInput(f"{args.model} cannot do {flags}: {e!r}") from e
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """No decay of biases, gains, batch and layer norms, logit_scale [open_clip, authors' code]."""
-    plain, decayed = [], []
+def parameter_groups(model: nn.Module, weight_decay: float, lr_mult: float = 1.0) -> list[dict]:
+    """No decay of biases, gains, batch and layer norms, logit_scale [open_clip, authors' code]; the
+    projections and heads of an X-VLM at lr_mult times the rate."""
+    groups = {(True, False): [], (False, False): []}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        exempt = p.ndim < 2 or any(s in name for s in ("bn", "ln", "bias", "logit_scale"))
-        (plain if exempt else decayed).append(p)
+        if p.requires_grad:
+            exempt = p.ndim < 2 or any(s in name for s in ("bn", "ln", "bias", "logit_scale"))
+            head = name.startswith(getattr(model, "heads", ()))
+            groups.setdefault((exempt, head), []).append(p)
     return [
-        {"params": plain, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": weight_decay},
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if exempt else weight_decay,
+            "lr_mult": lr_mult if head else 1.0,
+        }
+        for (exempt, head), parameters in groups.items()
     ]
 
 
-def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warmup, then a cosine to 0; `step` from 0."""
+def lr_factor(step: int, warmup: float, total: int, schedule: str = "cosine") -> float:
+    """Linear warmup, then a cosine or a line to 0; `step` from 0; a warmup below 1 is a share."""
+    warmup = warmup if warmup >= 1 else int(warmup * total)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 FULL = "itc,hn,imc,cmr"  # Eq. (8)
@@ -651,13 +679,16 @@ class Objective(NamedTuple):
 def batch_loss(features: list[Tensor], valid: Tensor, threshold: Tensor, objective: Objective):
     """(loss, its terms, pos (B,), neg (B, K), valid (B, K)) of one global batch, Eq. (8), from this
     process's features and valid (b, K)."""
-    image, text, scale = features
+    image, text, scale, *itm = features
     image, text, valid = gather(image), gather(text), gather(valid)
     sim, sim_neg, text_neg = similarities(image, text, scale)
     if objective.imc is imc_loss:  # Eq. (3) knows a caption's own negatives only
         text_neg = text_neg.diagonal(dim1=0, dim2=1).T  # (B, K)
     _, alpha, beta, imc = objective
     loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta, imc)
+    if itm:  # each process has drawn its own pairs
+        terms["itm"] = gather(itm[0].float()[None]).mean()
+        loss = loss + terms["itm"]
     terms = {"loss": loss, **terms, "logit_scale": scale}
     return loss, terms, *own_pairs(sim.detach(), sim_neg.detach()), valid
 
@@ -818,9 +849,10 @@ def set_up(args: argparse.Namespace, state: dict, device):
         loaded = build_model(args.model, args.pretrained)
     model = loaded.model.to(device).train()
     prepare_model(model, args)
-    encoder = Encoder(model, args.precision)
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    encoder = Encoder(model, args.precision, args.itm, args.itm_negatives)
+    groups = parameter_groups(model, args.weight_decay, args.lr_mult)
+    options = {"betas": (0.9, 0.98), "eps": args.adam_eps, "fused": True}
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, **options)
     if state:
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
@@ -850,9 +882,11 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: Sequence, d
     with folder.bar, stop_signals() as asked:
         for step, (images, tokens, valid, bad) in enumerate(batches, start + 1):
             batch = [images.to(device, non_blocking=True), tokens, valid]
-            lr = args.lr * lr_factor(step - 1, args.warmup, total)
+            lr = args.lr * lr_factor(step - 1, args.warmup, total, args.schedule)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_mult", 1)
+            # dropout, and --itm's draws, as in the uninterrupted run
+            torch.manual_seed(hash((args.seed, step, rank())) % 2**63)
             optimizer.zero_grad()
             _, terms, *own, valid = backward(encoder, batch, threshold, objective, args.micro_batch)
             optimizer.step()
@@ -917,7 +951,11 @@ def parse_args() -> argparse.Namespace:
     add("--data-root", default="data", help="where the named data lie [ours]")
     add("--workers", type=int, default=4, help="loader processes [authors' code: 0]")
     add = p.add_argument_group("model").add_argument
-    add("--model", default="ViT-B-32-quickgelu", help="open_clip name or .json config [Sec. 4.1]")
+    add(
+        "--model",
+        default="ViT-B-32-quickgelu",
+        help="open_clip name, xvlm, .json config [Sec. 4.1]",
+    )
     add("--pretrained", default="openai", help="open_clip tag, file, or none [Sec. 4.1]")
     add = p.add_argument_group("loss").add_argument
     one_of = f"one run each: {' '.join(LOSSES)} [Table 4]"
@@ -930,7 +968,8 @@ def parse_args() -> argparse.Namespace:
     add("--epochs", type=int, default=5, help="[Sec. 4.1]")
     add("--batch-size", type=int, default=256, help="over all processes [Sec. 4.1]")
     add("--lr", type=float, default=5e-6, help="[authors' code; paper: default]")
-    add("--warmup", type=int, default=50, help="steps, then a cosine to 0 [authors' code]")
+    add("--warmup", type=float, default=50, help="steps, below 1: a share [authors' code]")
+    add("--schedule", choices=("cosine", "linear"), default="cosine", help="[authors' code]")
     add("--weight-decay", type=float, default=0.1, help="[authors' code]")
     default = "bf16" if torch.cuda.is_available() else "fp32"
     add("--precision", choices=("bf16", "fp32"), default=default, help="[authors' code: fp16]")
@@ -938,13 +977,21 @@ def parse_args() -> argparse.Namespace:
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
     add("--lock-image", action="store_true", help="train the text tower alone")
     add("--seed", type=int, default=42, help="[authors' code]")
+    add = p.add_argument_group("X-VLM: with --model xvlm its recipe is the default").add_argument
+    add("--itm", action=argparse.BooleanOptionalAction, default=False, help="add its matching loss")
+    add("--itm-negatives", action="store_true", help="the generated negatives do not match either")
+    add("--lr-mult", type=float, default=1.0, help="rate of projections and heads, times --lr")
     p.add_argument("--out", help="run folder [runs/DATA]; other losses get -LOSSES added")
     p.add_argument("--overwrite", action="store_true", help="replace runs that are there")
     p.add_argument("--resume", action="store_true", help="go on with what --out holds, if anything")
     p.add_argument("--save-every", type=int, default=1000, help="steps between states to resume")
     p.add_argument("--max-bad-images", type=int, default=0, help="go on without so many pictures")
-    if p.parse_known_args()[0].data == ["toy"]:
+    p.set_defaults(adam_eps=1e-6)
+    known = p.parse_known_args()[0]
+    if known.data == ["toy"]:
         p.set_defaults(**TOY)
+    if "fusion_layer" in (named_config(known.model)[1] or ()):
+        p.set_defaults(**xvlm.RECIPE)
     args = p.parse_args()
     if min(args.batch_size, args.epochs, args.save_every) < 1:
         p.error("--batch-size, --epochs and --save-every must be at least 1")

@@ -57,7 +57,7 @@ def reading(path: str | Path, expected: str):
     except BadInput:
         raise
     except Exception as e:
-        reason = (getattr(e, "strerror", None) or str(e) or repr(e)).splitlines()[0]
+        reason = " ".join((getattr(e, "strerror", None) or str(e) or repr(e)).split())[:300]
         if isinstance(e, OSError):
             raise BadInput(f"cannot read {path}: {reason}") from e
         raise BadInput(f"{path} is not {expected}: {type(e).__name__} {reason}") from e

@@ -5,14 +5,17 @@ import os
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download, in another process
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # or here
 
 
 TINY = {  # a ViT: no batch norm, so that nothing but the losses couples the pairs of a batch
@@ -37,6 +40,31 @@ def coco_captions(path: Path, captions: dict[str, list[str]]) -> Path:
     ]
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
     return path
+
+
+NEGATIVE = {
+    "relation": "a ball chases a red dog",
+    "attribute": "a blue dog chases a ball",
+    "action": "a red dog eats a ball",
+    "object": "a red cat chases a ball",
+}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with tiny.json, 24 pictures and their negatives; every third kind is missing."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    lines = []
+    for i in range(24):
+        Image.effect_noise((40, 36), 20 + 5 * i).convert("RGB").save(folder / f"{i}.png")
+        kinds = {
+            k: None if (i + n) % 3 == 0 else f"{NEGATIVE[k]} {i}" for n, k in enumerate(NEGATIVE)
+        }
+        record = {"id": i, "image": f"{i}.png", "caption": f"a red dog chases a ball {i}", **kinds}
+        lines.append(json.dumps(record))
+    (folder / "negatives.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

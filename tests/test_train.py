@@ -28,28 +28,6 @@ import negatives
 import toy
 from ce_clip import KINDS, BadInput, Encoder, Objective
 
-NEGATIVE = {
-    "relation": "a ball chases a red dog",
-    "attribute": "a blue dog chases a ball",
-    "action": "a red dog eats a ball",
-    "object": "a red cat chases a ball",
-}
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A folder with tiny.json, 24 pictures and their negatives; every third kind is missing."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    lines = []
-    for i in range(24):
-        Image.effect_noise((40, 36), 20 + 5 * i).convert("RGB").save(folder / f"{i}.png")
-        kinds = {k: None if (i + n) % 3 == 0 else f"{NEGATIVE[k]} {i}" for n, k in enumerate(KINDS)}
-        record = {"id": i, "image": f"{i}.png", "caption": f"a red dog chases a ball {i}", **kinds}
-        lines.append(json.dumps(record))
-    (folder / "negatives.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
 
 def tiny_start(world, out, *more):
     command = [sys.executable, "ce_clip.py", *map(str, tiny_options(world, out)), *map(str, more)]
