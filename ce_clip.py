@@ -7,7 +7,7 @@
 Shape letters: B pairs in the global batch, b of them on this process, K = 4 kinds of negative in
 the order relation, attribute, action, object; L tokens, D embedding width. S(.,.) is always a
 logit, exp(logit_scale) * cosine. The same gradient comes out on any number of processes, but for
-models with batch norm, whose statistics are each process's own.
+models with batch norm or dropout, and X-VLM's --itm, which are each process's own.
 """
 
 import argparse
@@ -236,7 +236,8 @@ class Loaded(NamedTuple):
 def named_config(name: str) -> tuple[str, dict | None]:
     """(name, config) of a value of --model; no config where open_clip has it."""
     if name.endswith(".json"):
-        return Path(name).stem, read_json(Path(name))
+        with reading(name, "a model config"):
+            return Path(name).stem, dict(read_json(Path(name)))
     return name, {"toy": toy.MODEL, "xvlm": xvlm.CONFIG}.get(name)
 
 
@@ -610,11 +611,6 @@ def prepare_model(model: nn.Module, args: argparse.Namespace) -> None:
     text = getattr(model, "text", None)
     if type(text).__name__ == "HFTextEncoder":
         text.transformer.eval()
-    of_xvlm = isinstance(model, xvlm.XVLM)
-    if args.micro_batch and of_xvlm:
-        raise BadInput("--micro-batch needs two equal passes: X-VLM's dropout forbids it")
-    if args.itm and not (of_xvlm and args.batch_size > world_size()):
-        raise BadInput("--itm needs an X-VLM, and two pairs or more a process")
     try:
         if args.lock_image:
             model.lock_image_tower(freeze_bn_stats=True)
@@ -811,6 +807,9 @@ class RunFolder:
 
 OPERATION = {"out", "resume", "overwrite", "workers", "save_every", "max_bad_images", "processes"}
 OPERATION |= {"micro_batch", "grad_checkpointing"}
+# what an X-VLM's settings are for other models, and in runs begun before there were any
+CLIP = {"schedule": "cosine", "itm": False, "itm_negatives": False, "lr_mult": 1.0}
+CLIP |= {"adam_eps": 1e-6}
 
 
 def last_state(out: Path, config: dict) -> dict:
@@ -822,7 +821,7 @@ def last_state(out: Path, config: dict) -> dict:
         if any(out.glob("*.pt")):
             raise BadInput(f"{out} holds checkpoints of no run of ours: give another --out")
         return {}
-    old, new = read_json(out / "config.json"), json.loads(json.dumps(config))
+    old, new = CLIP | read_json(out / "config.json"), json.loads(json.dumps(config))
     differ = [k for k, v in new.items() if k not in OPERATION and old.get(k) != v]
     if was := "; ".join(f"{k} {old.get(k)}, now {new[k]}" for k in differ):
         raise BadInput(f"{out} was begun with {was}: resume with the same settings")
@@ -857,7 +856,8 @@ def set_up(args: argparse.Namespace, state: dict, device):
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
     if world_size() > 1:
-        # a CLIP uses all it trains; CoCa has a decoder, SigLIP a bias that no softmax loss moves
+        # a CLIP uses all it trains; CoCa has a decoder, SigLIP a bias that no softmax loss moves,
+        # X-VLM without --itm half a BERT
         unused = type(model) is not open_clip.CLIP
         encoder = DistributedDataParallel(encoder, find_unused_parameters=unused)
     return loaded, encoder, optimizer
@@ -969,7 +969,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="over all processes [Sec. 4.1]")
     add("--lr", type=float, default=5e-6, help="[authors' code; paper: default]")
     add("--warmup", type=float, default=50, help="steps, below 1: a share [authors' code]")
-    add("--schedule", choices=("cosine", "linear"), default="cosine", help="[authors' code]")
+    add("--schedule", choices=("cosine", "linear"), help="[authors' code: cosine]")
     add("--weight-decay", type=float, default=0.1, help="[authors' code]")
     default = "bf16" if torch.cuda.is_available() else "fp32"
     add("--precision", choices=("bf16", "fp32"), default=default, help="[authors' code: fp16]")
@@ -978,19 +978,19 @@ def parse_args() -> argparse.Namespace:
     add("--lock-image", action="store_true", help="train the text tower alone")
     add("--seed", type=int, default=42, help="[authors' code]")
     add = p.add_argument_group("X-VLM: with --model xvlm its recipe is the default").add_argument
-    add("--itm", action=argparse.BooleanOptionalAction, default=False, help="add its matching loss")
+    add("--itm", action=argparse.BooleanOptionalAction, help="add its matching loss")
     add("--itm-negatives", action="store_true", help="the generated negatives do not match either")
-    add("--lr-mult", type=float, default=1.0, help="rate of projections and heads, times --lr")
+    add("--lr-mult", type=float, help="rate of projections and heads, times --lr")
     p.add_argument("--out", help="run folder [runs/DATA]; other losses get -LOSSES added")
     p.add_argument("--overwrite", action="store_true", help="replace runs that are there")
     p.add_argument("--resume", action="store_true", help="go on with what --out holds, if anything")
     p.add_argument("--save-every", type=int, default=1000, help="steps between states to resume")
     p.add_argument("--max-bad-images", type=int, default=0, help="go on without so many pictures")
-    p.set_defaults(adam_eps=1e-6)
+    p.set_defaults(**CLIP)
     known = p.parse_known_args()[0]
     if known.data == ["toy"]:
         p.set_defaults(**TOY)
-    if "fusion_layer" in (named_config(known.model)[1] or ()):
+    if of_xvlm := "fusion_layer" in (named_config(known.model)[1] or ()):
         p.set_defaults(**xvlm.RECIPE)
     args = p.parse_args()
     if min(args.batch_size, args.epochs, args.save_every) < 1:
@@ -999,6 +999,10 @@ def parse_args() -> argparse.Namespace:
         p.error(f"--batch-size {args.batch_size} does not split over {world_size()} processes")
     args.out = args.out or str(Path("runs", "+".join(Path(name).stem for name in args.data)))
     args.pretrained = None if args.pretrained == "none" else args.pretrained
+    if of_xvlm:
+        xvlm.check(args, world_size())
+    elif args.itm or args.itm_negatives or args.lr_mult != 1:
+        p.error("--itm, --itm-negatives and --lr-mult are X-VLM's: --model xvlm")
     return args
 
 

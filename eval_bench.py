@@ -6,8 +6,8 @@
 
 A benchmark is a function that yields Item(group, image, box, positive, negatives). An item is right
 if and only if cosine(image, positive) > cosine(image, negative) for each negative, so a tie is
-wrong. All checkpoints share one pass: each distinct (picture, box) is decoded once, each distinct
-text is encoded once, cut after its end-of-text.
+wrong; ARO and VALSE add an X-VLM's ITM logits to its cosines. All checkpoints share one pass: each
+distinct (picture, box) is decoded once, each distinct text is encoded once, cut after its end.
 """
 
 import argparse
@@ -382,7 +382,7 @@ class Scorer:
         for row, loaded in self.models.items():
             if (key := json.dumps(loaded.config)) not in tokens:
                 tokens[key] = loaded.tokenizer(texts)
-            order, parts = tokens[key].argmax(1).argsort(stable=True), []  # by their end-of-text
+            order, parts = (tokens[key] != 0).sum(1).argsort(stable=True), []  # 0: no token
             for rows in tqdm(order.split(4 * self.batch_size), f"{row}: texts", leave=False):
                 parts.append(self.text(loaded, tokens[key][rows]))
             found[row] = torch.cat(parts)[order.argsort()]
@@ -402,12 +402,10 @@ class Scorer:
 
         def match(row: str, first: int, states: Tensor) -> None:
             loaded, those = self.models[row], range(first, first + len(states))
-            found = [(i, t) for i in those for t in pairs[i]]
-            for start in range(0, len(found), size := 4 * self.batch_size):
-                some = found[start : start + size]
-                tokens = loaded.tokenizer([texts[t] for _, t in some])
-                logits = loaded.model.match(states, tokens, torch.tensor(some)[:, 0] - first)
-                itm[row] |= zip(some, logits.tolist())
+            if found := [(i, t) for i in those for t in pairs[i]]:
+                tokens = loaded.tokenizer([texts[t] for _, t in found])
+                logits = loaded.model.match(states, tokens, torch.tensor(found)[:, 0] - first)
+                itm[row] |= zip(found, logits.tolist())
 
         pictures, _ = self.images(keys, picture, "benchmarks", match)
         encoded = self.texts(texts)
@@ -430,9 +428,9 @@ class Features(NamedTuple):
     def there(self, items: Iterable[Item]) -> list[Item]:
         return [item for item in items if item.key in self.image]
 
-    def cosines(self, items: list[Item], itm: bool = False) -> Tensor:
-        """(N, 2): of the picture with the positive, and with the negative that is closest; nan
-        where there is none. With `itm` and an X-VLM the ITM logit is added, as in ARO's code."""
+    def scores(self, items: list[Item], itm: bool = False) -> Tensor:
+        """(N, 2): cosines of the picture with the positive, and with the closest negative, or nan.
+        With `itm`, an X-VLM's ITM logits are added first, as in ARO's code."""
         rows = [
             (2 * n + (k > 0), self.image[item.key], self.text[text])
             for n, item in enumerate(items)
@@ -511,13 +509,13 @@ def cell(tree: Tree, groups: dict[str, Accuracy]) -> Cell:
     return Cell(value, pooled.scored, pooled.all, pooled.ties)
 
 
-def score(items: list[Item], cosines: Tensor) -> dict[str, Accuracy]:
-    """The accuracy of each group, in the items' order; cosines (N, 2) as Features gives them."""
+def score(items: list[Item], scores: Tensor) -> dict[str, Accuracy]:
+    """The accuracy of each group, in the items' order; scores (N, 2) as Features gives them."""
     members = defaultdict(list)
     for n, item in enumerate(items):
         if item.negatives:
             members[item.group].append(n)
-    return {group: pair_accuracy(*cosines[rows].T) for group, rows in members.items()}
+    return {group: pair_accuracy(*scores[rows].T) for group, rows in members.items()}
 
 
 def ranks(queries: Tensor, gallery: Tensor, own: Tensor, gallery_own: Tensor) -> Tensor:
@@ -555,7 +553,7 @@ def similarities(items: list[Item], features: Features) -> Tensor:
     captions, and by how much the picture is closer to the true one (Fig. 8), as cosines."""
     there = features.there(item for item in items if len(item.negatives) == 1)
     texts = torch.tensor([[features.text[text] for text in item.texts] for item in there])
-    cosines = features.cosines(there)
+    cosines = features.scores(there)
     similar = dots(features.texts, texts[:, 0], features.texts, texts[:, 1])
     return torch.stack([similar, cosines[:, 0] - cosines[:, 1]], 1)
 
@@ -848,7 +846,7 @@ class Scored(NamedTuple):
     title: str
     items: list[Item]
     absent: list[str]  # files
-    cosines: dict[str, Tensor]  # row -> (N, 2), see Features.cosines
+    scores: dict[str, Tensor]  # row -> (N, 2), see Features.scores
     groups: dict[str, dict[str, Accuracy]]  # row -> group
     cells: dict[str, dict[str, Cell]]  # row -> column
     fig_8: dict[str, Tensor]  # row -> (3, 2): mean, lower and upper bound of `similarities`
@@ -861,10 +859,10 @@ class Scored(NamedTuple):
 
 def score_benchmark(b: Benchmark, items, absent, features: dict[str, Features]) -> Scored:
     """All numbers of one benchmark, for each model."""
-    cosines, cells, groups, fig_8 = {}, {}, {}, {}
+    scores, cells, groups, fig_8 = {}, {}, {}, {}
     for row, f in features.items():
-        cosines[row] = f.cosines(items, b.itm)
-        groups[row] = score(items, cosines[row])
+        scores[row] = f.scores(items, b.itm)
+        groups[row] = score(items, scores[row])
         trees = b.columns(groups[row]).items()
         cells[row] = {name: cell(tree, groups[row]) for name, tree in trees} | b.more(items, f)
         if b.analysis:
@@ -872,7 +870,7 @@ def score_benchmark(b: Benchmark, items, absent, features: dict[str, Features]) 
             fig_8[row] = torch.cat([values.mean(0, keepdim=True), bootstrap(values)])
     of_itm = b.itm and any(f.itm for f in features.values())
     title = f"{b.title}, X-VLM by ITM logit + cosine" if of_itm else b.title
-    return Scored(title, items, absent, cosines, groups, cells, fig_8)
+    return Scored(title, items, absent, scores, groups, cells, fig_8)
 
 
 def report(key: str, s: Scored) -> str:
@@ -931,10 +929,10 @@ def headline(tasks: dict[str, dict[str, Cell]], base: str | None) -> str:
 def decisions(scored: dict[str, Scored]) -> Iterator[dict]:
     """One record for each scored item and model."""
     for key, s in scored.items():
-        for row, cosines in s.cosines.items():
-            for item, (positive, negative) in zip(s.items, cosines.tolist()):
+        for row, scores in s.scores.items():
+            for item, (positive, negative) in zip(s.items, scores.tolist()):
                 if not isnan(negative):
-                    found = {"right": positive > negative, "cosines": [positive, negative]}
+                    found = {"right": positive > negative, "scores": [positive, negative]}
                     yield {"benchmark": key, "model": row, **item._asdict(), **found}
 
 
@@ -975,18 +973,18 @@ def save_text(path: Path, text: str) -> None:
 
 def write_examples(path: Path, s: Scored) -> None:
     """A sheet in the manner of Fig. 9 and 10: twelve items, where the models differ first."""
-    cosines = torch.stack([*s.cosines.values()])  # (models, N, 2)
-    order = (~cosines[0, :, 1].isnan()).nonzero().flatten().tolist()
+    scores = torch.stack([*s.scores.values()])  # (models, N, 2)
+    order = (~scores[0, :, 1].isnan()).nonzero().flatten().tolist()
     if not order:
         return
     order = random.Random(0).sample(order, len(order))
-    votes = (cosines[..., 0] > cosines[..., 1]).T  # (N, models)
+    votes = (scores[..., 0] > scores[..., 1]).T  # (N, models)
     right, entries = votes.sum(1).tolist(), []
-    for i in sorted(order, key=lambda i: (right[i] in (0, len(cosines)), right[i] > 0))[:12]:
+    for i in sorted(order, key=lambda i: (right[i] in (0, len(scores)), right[i] > 0))[:12]:
         item = s.items[i]
         lines = [(item.positive, toy.GREEN), *((text, toy.RED) for text in item.negatives)]
         chose = ("the true one" if vote else "a false one" for vote in votes[i])
-        lines += [(f"{row}: {which}", "gray") for row, which in zip(s.cosines, chose)]
+        lines += [(f"{row}: {which}", "gray") for row, which in zip(s.scores, chose)]
         entries.append((load_image(item.image, Image.Image.copy, item.box), lines))
     toy.sheet(entries).save(path)
 
@@ -1100,10 +1098,11 @@ def plan(args: argparse.Namespace) -> tuple[dict[str, tuple], dict[str, ImageSet
     planned, sets, notes = {}, {}, []
     for key in asked:
         b = BENCHMARKS[key]
-        itm = b.itm if args.score is None else args.score == "itc+itm"
-        b = b._replace(title=b.title.format_map(vars(args)), itm=itm)
         files = Files(Path(args.data_root if key in GET else ""))
         items = list(b.items(files, args, key))
+        itm = b.itm if args.score is None else args.score == "itc+itm"
+        itm &= any(item.negatives for item in items)  # retrieval is by cosine
+        b = b._replace(title=b.title.format_map(vars(args)), itm=itm)
         pictures = dict.fromkeys(item.image for item in items)
         if any(map(os.path.exists, pictures)):
             planned[key] = b, items, files.absent
@@ -1181,6 +1180,8 @@ def main() -> None:
     if args.strict and notes:
         raise BadInput(notes[0])
     scorer = Scorer(load_models(args, paths), args)
+    if args.score and not any(hasattr(loaded.model, "match") for loaded in scorer.models.values()):
+        raise BadInput("--score is about X-VLM, and no model is one")
     items = [item for _, items, _ in planned.values() for item in items]
     matched = [item for b, items, _ in planned.values() if b.itm for item in items]
     features = scorer.encode(items, matched) if items else {}

@@ -45,7 +45,25 @@ CONFIG = {
 RECIPE = {"pretrained": "16m_base_model_state_step_199999.th", "batch_size": 64, "itm": True}
 RECIPE |= {"lr": 3e-5, "lr_mult": 2.0, "schedule": "linear", "warmup": 0.1}
 RECIPE |= {"weight_decay": 0.01, "adam_eps": 1e-8}
-HOME = "https://github.com/zengyan-97/X-VLM"
+
+
+def check(args, processes: int) -> None:
+    """Refuse a user's mistakes before hours of work. Raises BadInput."""
+    if args.micro_batch:
+        raise BadInput("--micro-batch needs two equal passes, which dropout forbids an X-VLM")
+    if args.itm and args.batch_size < 2 * processes:
+        raise BadInput("--itm needs two pairs or more a process")
+    if args.itm_negatives and not args.itm:
+        raise BadInput("--itm-negatives needs --itm")
+    if args.pretrained:
+        existing(args.pretrained)
+
+
+def existing(weights: str) -> str:
+    if not Path(weights).is_file():
+        home = "https://github.com/zengyan-97/X-VLM#checkpoints"
+        raise BadInput(f"{weights} is no file: X-VLM's weights are at {home}")
+    return weights
 
 
 class XVLM(nn.Module):
@@ -124,8 +142,12 @@ class XVLM(nn.Module):
         which   (N,) the picture of each caption; without it they come in pairs
         """
         states = self.image_states(images) if images.ndim == 4 else images
-        states = states if which is None else states[which]
-        return self.itm_logits(states, *self.text_states(captions))[:, 1]
+        which = torch.arange(len(captions)) if which is None else which
+        found = [
+            self.itm_logits(states[of_these], *self.text_states(these))[:, 1]
+            for of_these, these in zip(which.split(256), captions.split(256))
+        ]
+        return torch.cat(found)
 
     def forward(self, images: Tensor, tokens: Tensor, exists: Tensor, generated: bool = False):
         """What a training step needs from one pass: image features (b, embed_dim), text features
@@ -149,7 +171,7 @@ class XVLM(nn.Module):
         with torch.no_grad():
             sim = self.logit_scale.exp() * image @ feature[caption].T  # (b, b)
             other_text, other_image = (
-                (s.softmax(1) + 1e-5).fill_diagonal_(0).multinomial(1).squeeze(1)
+                (s.softmax(1).nan_to_num() + 1e-5).fill_diagonal_(0).multinomial(1).squeeze(1)
                 for s in (sim, sim.T)
             )
         every = torch.arange(len(images), device=image.device)
@@ -164,7 +186,7 @@ class XVLM(nn.Module):
         return image, feature, F.cross_entropy(logits, matches.long())
 
     def lock_image_tower(self, **_) -> None:
-        self.vision_encoder.requires_grad_(False)
+        self.vision_encoder.requires_grad_(False).eval()  # no stochastic depth
         self.vision_proj.requires_grad_(False)
 
     def set_grad_checkpointing(self) -> None:
@@ -195,8 +217,10 @@ def ours(state: dict[str, Tensor], shapes: dict[str, Tensor]) -> dict[str, Tenso
     next stage; temp is 1 / e^logit_scale; tables of relative positions get the sizes of `shapes`.
     """
     found = {}
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    of_xvlm = "temp" in state
     for name, value in state.items():
-        if "temp" in state:
+        if of_xvlm:
             if re.match(_DROPPED, name):
                 continue
             name = name.replace("text_encoder.bert.", "text_encoder.")
@@ -282,12 +306,10 @@ class Tokenizer:
             ) from e
 
     def __call__(self, texts: list[str]) -> Tensor:
-        options = {"add_special_tokens": False, "truncation": True}
-        found = self.bert(list(texts), max_length=self.context_length - 1, **options)["input_ids"]
-        tokens = torch.full((len(found), self.context_length), self.bert.pad_token_id)
-        for row, numbers in zip(tokens, found):
-            row[: len(numbers) + 1] = torch.tensor([self.bert.cls_token_id, *numbers])
-        return tokens
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        length = self.context_length + 1
+        tokens = self.bert(list(texts), max_length=length, **options)["input_ids"]
+        return tokens.masked_fill(tokens == self.bert.sep_token_id, self.bert.pad_token_id)[:, :-1]
 
 
 def build(config: dict, weights: str | None = None) -> tuple:
@@ -296,20 +318,22 @@ def build(config: dict, weights: str | None = None) -> tuple:
     with reading("the config", "one of an X-VLM, see xvlm.CONFIG"):
         model = XVLM(config)
         tokenizer = Tokenizer(config["tokenizer"], config["context_length"])
-    size, words = model.visual.image_size, model.text_encoder.config.vocab_size
+        bert = model.text_encoder.config
+        if not 0 < config["fusion_layer"] < bert.num_hidden_layers:
+            raise ValueError("fusion_layer must be one of the BERT's, not the first")
+        if config["context_length"] > bert.max_position_embeddings:
+            raise ValueError("context_length is above max_position_embeddings")
+        if len(tokenizer.bert) > bert.vocab_size or tokenizer.bert.pad_token_id != 0:
+            raise ValueError("the tokenizer has more words than vocab_size, or its [PAD] is not 0")
+    size = model.visual.image_size
     evaluate = open_clip.image_transform(size, is_train=False, resize_mode="squash")  # no crop
     mode = transforms.InterpolationMode
     augment = transforms.RandomApply([RandAugment(1, interpolation=mode.BILINEAR, fill=[128] * 3)])
     crop = transforms.RandomResizedCrop(size, scale=(0.5, 1), interpolation=mode.BICUBIC)
     flip = transforms.RandomHorizontalFlip()
     train = transforms.Compose([crop, flip, augment, augment, *evaluate.transforms[1:]])
-    if len(tokenizer.bert) > words:
-        raise BadInput(f"tokenizer {config['tokenizer']!r} has more than the BERT's {words} words")
-    model.visual.preprocess_cfg = {"size": size, "resize_mode": "squash"}
     if weights:
-        if not Path(weights).is_file():
-            raise BadInput(f"{weights} is no file: X-VLM's are at {HOME}#checkpoints")
         with reading(weights, "a checkpoint of this X-VLM"):
-            saved = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+            saved = torch.load(existing(weights), map_location="cpu", weights_only=True, mmap=True)
             model.load_state_dict(saved.get("state_dict", saved))
     return model, train, evaluate, tokenizer

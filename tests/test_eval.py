@@ -74,7 +74,7 @@ def test_score_groups_and_counts_missing_pictures():
         Item("five", "a", None, "cat", ("dog", "cat")),  # a shuffle that changed nothing
         Item("retrieval", "a", None, "cat", ()),
     ]
-    cosines = f.cosines(items)
+    cosines = f.scores(items)
     assert cosines[4].tolist() == [0.5, 0]
     assert cosines[1].isnan().all()  # no picture
     assert cosines[7].isnan().tolist() == [False, True]  # no negative
@@ -321,7 +321,7 @@ def test_features_equal_one_pair_at_a_time_and_share_the_decoding(here, monkeypa
     assert len(decoded) == len(found["one"].images) == 4
     assert len(found["one"].texts) == 9
     for row, loaded in both.models.items():
-        for item, row_of_two in zip(items, found[row].cosines(items)):
+        for item, row_of_two in zip(items, found[row].scores(items)):
             image = Image.open(item.image).convert("RGB")
             image = loaded.eval_transform(image.crop(item.box) if item.box else image)[None]
             tokens = loaded.tokenizer([item.positive, *item.negatives])

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, coco_captions
 from PIL import Image
 from test_eval import run as evaluate
 from test_eval import save_json, save_picture
 from test_train import run
 from torch import tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import ce_clip
 import eval_bench
@@ -49,10 +51,10 @@ def config(tmp_path_factory):
     return path
 
 
-def random_model(seed=0) -> xvlm.XVLM:
+def random_model(seed=0, config=CONFIG) -> xvlm.XVLM:
     """No weight is left at a value, as 0 of a bias, that would hide what it does."""
     torch.manual_seed(seed)
-    model = xvlm.XVLM(CONFIG).eval()
+    model = xvlm.XVLM(config).eval()
     for p in model.parameters():
         if p.ndim:
             p.data += 0.2 * torch.randn_like(p)
@@ -230,10 +232,13 @@ def test_names_of_x_vlm(model):
 @pytest.mark.parametrize("layout", [xvlm.published, pretrained_layout])
 def test_checkpoints_of_x_vlm_load(model, config, tmp_path, layout):
     layout = layout if layout is pretrained_layout else lambda m: xvlm.published(m.state_dict())
+    state = {f"module.{name}": value for name, value in layout(model).items()}
     torch.save({"model": layout(model), "config": {"image_res": 32}}, tmp_path / "x.th")
-    loaded = ce_clip.load_model(str(tmp_path / "x.th"), str(config)).model.eval()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], value)
+    torch.save({"state_dict": state}, tmp_path / "y.th")
+    for path in ("x.th", "y.th"):
+        loaded = ce_clip.load_model(str(tmp_path / path), str(config)).model.eval()
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(loaded.state_dict()[name], value)
     torch.testing.assert_close(loaded.match(IMAGES, TOKENS), model.match(IMAGES, TOKENS))
 
 
@@ -243,8 +248,8 @@ def test_a_checkpoint_of_ours_is_bit_equal(config, tmp_path):
     again = ce_clip.load_model(str(tmp_path / "epoch_1.pt"))
     assert (again.name, again.config) == (loaded.name, loaded.config)
     assert str(again.eval_transform) == str(loaded.eval_transform)
-    for a, b in ((again.model.eval(), loaded.model.eval()),):
-        assert torch.equal(a.match(IMAGES, TOKENS), b.match(IMAGES, TOKENS))
+    expected = loaded.model.eval().match(IMAGES, TOKENS)
+    assert torch.equal(again.model.eval().match(IMAGES, TOKENS), expected)
 
 
 def test_tables_of_another_window_are_resized_on_loading(model, config, tmp_path):
@@ -263,11 +268,11 @@ def test_tables_of_another_window_are_resized_on_loading(model, config, tmp_path
 
 def test_a_resized_table_by_hand():
     """Window 4 to 5, distances 1, q, q^2 with 1 + q + q^2 = 4: the new table's border. A spline
-    through a cubic polynomial, with not-a-knot ends, is that polynomial."""
+    through cubic polynomials that meet in an inner distance, not the outermost two, is these."""
     q = (math.sqrt(13) - 1) / 2
     knots = tensor([-4, -1 - q, -1, 0, 1, 1 + q, 4], dtype=torch.double)
     at = torch.arange(-4, 5, dtype=torch.double)
-    heads = (lambda y, x: x**3 - y, lambda y, x: 0.5 * y**3 * x**2 + 1)
+    heads = lambda y, x: x**3 - y, lambda y, x: y**3 * x**2, lambda y, x: (x - 1).clamp(0) ** 3 + y
     old = torch.stack([f(knots[:, None], knots[None]).flatten() for f in heads], 1)
     new = torch.stack([f(at[:, None], at[None]).flatten() for f in heads], 1)
     torch.testing.assert_close(xvlm.resize_table(old, 81), new, rtol=1e-4, atol=1e-3)
@@ -297,12 +302,6 @@ def test_weights_of_something_else_are_refused(model, config, tmp_path, change, 
     torch.save({"model": state}, tmp_path / "x.th")
     with pytest.raises(BadInput, match=message):
         ce_clip.load_model(str(tmp_path / "x.th"), str(config))
-
-
-def test_a_tokenizer_of_another_model_is_refused(config):
-    small = CONFIG | {"bert": CONFIG["bert"] | {"vocab_size": 5}, "tokenizer": str(config.parent)}
-    with pytest.raises(BadInput, match="has more than the BERT's 5 words"):
-        ce_clip.build_model("small", config=small)
 
 
 # ---- Captions and pictures -----------------------------------------------------------------------
@@ -359,7 +358,10 @@ def log_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_recipe_is_the_default_of_the_model(monkeypatch, config):
+def test_the_recipe_is_the_default_of_the_model(monkeypatch, config, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "16m_base_model_state_step_199999.th").touch()
+
     def parse(*options):
         monkeypatch.setattr(sys, "argv", ["ce_clip.py", "--data", "coco", *map(str, options)])
         return vars(ce_clip.parse_args())
@@ -433,26 +435,155 @@ def test_stopped_and_resumed_it_is_the_same_run(world, config, tmp_path):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("more", [[], ["--grad-checkpointing", "--itm-negatives"], ["--no-itm"]])
-def test_two_processes(world, config, tmp_path, more):
-    done = run(*xvlm_options(world, config, tmp_path / "two", *more), processes=2)
+def batch_of_four() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(4, 3, 32, 32, generator=generator)
+    tokens = torch.randint(5, len(WORDS), (4, 5, 8), generator=generator)
+    tokens[..., 0], tokens[1, 2, 4:] = 2, 0
+    return [images, tokens, torch.rand(4, 4, generator=generator) < 0.7]
+
+
+def step(encoder, features, valid) -> None:
+    objective = ce_clip.Objective.parse(ce_clip.FULL, 0.2, 0.4)
+    ce_clip.batch_loss(features, valid, torch.ones(4), objective)[0].backward()
+
+
+def one_of_two(rank: int, out: str) -> None:
+    dist.init_process_group("gloo", f"file://{out}.init", rank=rank, world_size=2)
+    model, rows = random_model(), slice(2 * rank, 2 * rank + 2)
+    encoder = ce_clip.Encoder(model, itm=True, itm_negatives=True)
+    encoder = DistributedDataParallel(encoder, find_unused_parameters=True)
+    batch = [x[rows] for x in batch_of_four()]
+    step(encoder, encoder(*batch), batch[2])
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_gradient_of_two_processes(tmp_path):
+    """Eq. 8 on all four pairs, and the mean of the matching losses of the halves: of two pairs each
+    the draws are certain."""
+    out = str(tmp_path / "gradients")
+    torch.multiprocessing.spawn(one_of_two, (out,), nprocs=2)
+    model = random_model()
+    encoder, batch = ce_clip.Encoder(model, itm=True, itm_negatives=True), batch_of_four()
+    halves = [encoder(*(x[rows] for x in batch)) for rows in (slice(2), slice(2, 4))]
+    image, text = (torch.cat([half[n] for half in halves]) for n in (0, 1))
+    itm = (halves[0][3] + halves[1][3]) / 2
+    step(encoder, [image, text, halves[0][2], itm], batch[2])
+    for rank in range(2):
+        found = torch.load(f"{out}.{rank}")
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_processes_draw_differently_and_log_the_mean(world, config, tmp_path):
+    done = run(*xvlm_options(world, config, tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     log = log_of(tmp_path / "two")
-    assert ("itm" in log[0]) == ("--no-itm" not in more)
     assert log[-1]["loss"] < log[0]["loss"]
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["itm"] is True
+
+
+def test_without_itm_the_fusion_layers_rest(world, config, tmp_path):
+    done = run(*xvlm_options(world, config, tmp_path / "x", "--no-itm"))
+    assert done.returncode == 0, done.stderr
+    assert "itm" not in log_of(tmp_path / "x")[0]
+    states = [torch.load(tmp_path / "x" / f"epoch_{n}.pt")["state_dict"] for n in (1, 2)]
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert not any("crossattention" in name or "itm_head" in name for name in changed)
+    assert "text_encoder.encoder.layer.0.output.dense.weight" in changed
+
+
+def test_grad_checkpointing_has_the_same_gradient():
+    """And each block of both towers runs twice."""
+    exact = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = CONFIG | {"bert": CONFIG["bert"] | exact}
+    config |= {"swin": CONFIG["swin"] | {"drop_path_rate": 0.0}}
+    found = []
+    for checkpointing in (False, True):
+        model, batch, runs = random_model(config=config).train(), batch_of_four(), []
+        if checkpointing:
+            model.set_grad_checkpointing()
+        for module in model.modules():
+            if type(module).__name__ in ("SwinTransformerBlock", "BertIntermediate"):
+                module.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        encoder = ce_clip.Encoder(model, itm=True, itm_negatives=True)
+        torch.manual_seed(0)
+        step(encoder, encoder(*batch), batch[2])
+        assert len(runs) == (5 + 3) * (1 + checkpointing)
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_locked_image_tower_neither_learns_nor_drops(world, config, tmp_path):
+    model = random_model().train()
+    model.lock_image_tower(freeze_bn_stats=True)
+    assert torch.equal(model.encode_image(IMAGES), model.encode_image(IMAGES))
+    done = run(*xvlm_options(world, config, tmp_path / "x", "--lock-image"))
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(tmp_path / "x" / f"epoch_{n}.pt")["state_dict"] for n in (1, 2)]
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert not any(name.startswith("vision") for name in changed)
+    assert {"itm_head.0.weight", "text_proj.weight", "logit_scale"} < changed
+
+
+def test_scores_in_bf16_keep_the_head_exact(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model.match(IMAGES, TOKENS)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--micro-batch", "2"], "--micro-batch needs two equal passes"),
-        (["--batch-size", "1"], "--itm needs an X-VLM, and two pairs or more a process"),
-        (["--pretrained", "absent.th"], "absent.th is no file: X-VLM's are at https://github"),
+        (["--micro-batch", 2], "--micro-batch needs two equal passes"),
+        (["--batch-size", 1], "--itm needs two pairs or more a process"),
+        (["--no-itm", "--itm-negatives"], "--itm-negatives needs --itm"),
+        (["--pretrained", "absent.th"], "absent.th is no file: X-VLM's weights are at https://git"),
+        (["--lr", 1e9], "the loss is not finite"),
+        (["--model", "tiny.json", "--itm"], "--itm, --itm-negatives and --lr-mult are X-VLM's"),
+        (["--model", "tiny.json", "--lr-mult", 2], "--itm, --itm-negatives and --lr-mult are"),
+        (["--model", "five.json"], "five.json is not a model config"),
+        (["--model", "odd.json"], "the config is not one of an X-VLM, see xvlm.CONFIG: KeyError"),
     ],
 )
-def test_mistakes_are_one_line(world, config, tmp_path, more, message):
+def test_mistakes_are_one_line(world, config, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("tiny", TINY), ("five", 5), ("odd", {"fusion_layer": 1})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     done = run(*xvlm_options(world, config, tmp_path / "x", *more))
-    assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+    assert done.returncode and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fusion_layer": 3}, "fusion_layer must be one of the BERT's, not the first"),
+        ({"fusion_layer": 0}, "fusion_layer must be one of the BERT's, not the first"),
+        ({"context_length": 40}, "context_length is above max_position_embeddings"),
+        ({"bert": CONFIG["bert"] | {"vocab_size": 5}}, "more words than vocab_size, or its"),
+    ],
+)
+def test_a_config_that_would_go_wrong_late_is_refused(config, change, message):
+    given = CONFIG | {"tokenizer": str(config.parent)} | change
+    with pytest.raises(BadInput, match=message):
+        ce_clip.build_model("small", config=given)
+
+
+def test_a_run_begun_before_there_was_an_x_vlm_is_resumed(world, tmp_path):
+    options = ["--data", world / "negatives.jsonl", "--images", world, "--pretrained", "none"]
+    options += ["--model", world / "tiny.json", "--batch-size", 8, "--workers", 0, "--epochs", 1]
+    options += ["--out", tmp_path / "x"]
+    assert run(*options).returncode == 0
+    path = tmp_path / "x" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ce_clip.CLIP}))
+    done = run(*options, "--resume")
+    assert done.returncode == 0, done.stderr
+    path.write_text(json.dumps(config | {"schedule": "linear"}))
+    assert "begun with schedule linear, now cosine" in run(*options, "--resume").stderr
 
 
 def test_scores_are_cosines_and_itm_logits_of_single_pairs(config, tmp_path):
@@ -473,8 +604,8 @@ def test_scores_are_cosines_and_itm_logits_of_single_pairs(config, tmp_path):
     features = eval_bench.Scorer(models, arguments).encode(items, items)
     x = models["x"]
     for itm in (False, True):
-        found = features["x"].cosines(items, itm)
-        clip = [features["clip"].cosines(items, which) for which in (itm, False)]
+        found = features["x"].scores(items, itm)
+        clip = [features["clip"].scores(items, which) for which in (itm, False)]
         torch.testing.assert_close(*clip, rtol=0, atol=0, equal_nan=True)
         for item, (positive, negative) in zip(items, found.tolist()):
             if "3.png" in item.image:
@@ -508,7 +639,7 @@ def test_aro_and_valse_are_scored_with_itm_the_others_by_cosine(
     for score in ([], ["--score", "itc"], ["--score", "itc+itm"]):
         text = evaluate(monkeypatch, capsys, *command, "--out", tmp_path / "out", *score)
         lines = (tmp_path / "out" / "items.jsonl").read_text().splitlines()
-        found = {x["benchmark"]: x["cosines"] for x in map(json.loads, lines)}
+        found = {x["benchmark"]: x["scores"] for x in map(json.loads, lines)}
         scores[score[-1] if score else None] = found
         titles[score[-1] if score else None] = text.count("X-VLM by ITM logit + cosine")
     cosines, both = scores["itc"]["valse"], scores["itc+itm"]["valse"]
@@ -519,9 +650,31 @@ def test_aro_and_valse_are_scored_with_itm_the_others_by_cosine(
 
 
 def test_wise_ft_and_retrieval_take_an_x_vlm(world, config, tmp_path, monkeypatch, capsys):
+    """Retrieval is by cosine whatever --score says."""
     for seed in (0, 1):
         loaded = ce_clip.build_model(str(config))._replace(model=random_model(seed))
         ce_clip.save_checkpoint(tmp_path / f"{seed}.pt", loaded)
+    captions = coco_captions(tmp_path / "captions.json", {f"{i}.png": ["a dog"] for i in range(3)})
     command = ["--ckpt", tmp_path / "1.pt", "--base", tmp_path / "0.pt", "--wise", 0.5]
-    command += ["--pairs", world / "negatives.jsonl", "--images", world]
-    assert "WiSE 0.5" in evaluate(monkeypatch, capsys, *command)
+    command += ["--pairs", world / "negatives.jsonl", "--captions", captions, "--images", world]
+    text = evaluate(monkeypatch, capsys, *command, "--score", "itc+itm")
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert "WiSE 0.5" in text
+    assert ["by ITM logit + cosine" in t for t in titles if "Fig" not in t] == [True, False, False]
+
+
+def test_scores_of_a_clip_are_not_said_to_be_by_itm(world, tmp_path, monkeypatch, capsys):
+    ce_clip.save_checkpoint(tmp_path / "x.pt", ce_clip.build_model(str(world / "tiny.json")))
+    command = ["--ckpt", tmp_path / "x.pt", "--pairs", world / "negatives.jsonl", "--images", world]
+    assert "ITM" not in evaluate(monkeypatch, capsys, *command)
+    with pytest.raises(BadInput, match="--score is about X-VLM, and no model is one"):
+        evaluate(monkeypatch, capsys, *command, "--score", "itc")
+
+
+def test_broken_itm_weights_are_not_missing_pictures(world, config, tmp_path, monkeypatch, capsys):
+    loaded = ce_clip.build_model(str(config))
+    torch.nn.init.constant_(loaded.model.itm_head[3].bias, float("nan"))
+    ce_clip.save_checkpoint(tmp_path / "x.pt", loaded)
+    command = ["--ckpt", tmp_path / "x.pt", "--pairs", world / "negatives.jsonl", "--images", world]
+    with pytest.raises(BadInput, match="features that are not finite: its weights are broken"):
+        evaluate(monkeypatch, capsys, *command, "--score", "itc+itm")
