@@ -670,6 +670,25 @@ def test_only_what_is_not_done_is_made(many, tmp_path, monkeypatch):
     assert out.read_bytes() == whole
 
 
+@pytest.fixture(scope="module")
+def cut_short(many, tmp_path_factory):
+    """What a run leaves behind that fills the disk: one line, and no short file."""
+    out = tmp_path_factory.mktemp("full") / "out.jsonl"
+    part = Path(f"{out}.part")
+    stopped = subprocess.run(
+        [sys.executable, "-c", SMALL, "--captions", many[0], "--out", out, "--filler", "ngram"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit_file_size,
+    )
+    assert stopped.returncode == 1
+    reason = f"-c: error: cannot write {part}: File too large (what is done is kept, "
+    assert stopped.stderr.splitlines()[-1].startswith(reason)
+    assert not out.exists()
+    return part.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -679,25 +698,12 @@ def test_only_what_is_not_done_is_made(many, tmp_path, monkeypatch):
         ({"captions": "other"}, "was begun with captions sha256 .*, now "),
     ],
 )
-def test_a_part_of_other_settings_is_refused(many, tmp_path, change, message):
+def test_a_part_of_other_settings_is_refused(many, cut_short, tmp_path, change, message):
     source, whole = many
     settings = {"captions": source, "out": tmp_path / "out.jsonl", "filler": "ngram"}
     part = tmp_path / "out.jsonl.part"
-    limit = {"preexec_fn": limit_file_size}
-    options = ["--captions", source, "--out", settings["out"], "--filler", "ngram"]
-    stopped = subprocess.run(
-        [sys.executable, "-c", SMALL, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        **limit,
-    )
-    # the disk is full: one line, and no short file
-    assert stopped.returncode == 1
-    reason = f"-c: error: cannot write {part}: File too large (what is done is kept, "
-    assert stopped.stderr.splitlines()[-1].startswith(reason)
-    assert not settings["out"].exists()
-    before = part.read_bytes()
+    part.write_bytes(cut_short)
+    before = cut_short
     if "captions" in change:
         change = {"captions": coco_captions(tmp_path / "other.json", CAPTIONS)}
     with pytest.raises(BadInput, match=message):

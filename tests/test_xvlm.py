@@ -476,7 +476,7 @@ def test_gradient_of_two_processes(tmp_path):
             torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_processes_draw_differently_and_log_the_mean(world, config, tmp_path):
+def test_run_on_two_processes(world, config, tmp_path):
     done = run(*xvlm_options(world, config, tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     log = log_of(tmp_path / "two")
