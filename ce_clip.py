@@ -878,8 +878,8 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: Sequence, d
     threshold = state.get("threshold", first).to(device)
     folder = RunFolder(out, config, loaded, start, total, set(state.get("bad", ())))
     often = 10 if device.type == "cuda" else 1  # looking at a value costs a device sync
-    batches = make_loader(args, records, objective.kinds, loaded, start)
-    with folder.bar, stop_signals() as asked:
+    batches = iter(make_loader(args, records, objective.kinds, loaded, start))
+    with folder.bar, stop_signals() as asked, ending(batches):
         for step, (images, tokens, valid, bad) in enumerate(batches, start + 1):
             batch = [images.to(device, non_blocking=True), tokens, valid]
             lr = args.lr * lr_factor(step - 1, args.warmup, total, args.schedule)
@@ -911,6 +911,15 @@ def train(args: argparse.Namespace, losses: str, out: Path, records: Sequence, d
                 raise BadInput(f"stopped after step {step} of {total}: --resume goes on")
     barrier()  # the checkpoint is there for every process that loads it next
     return out / f"epoch_{args.epochs}.pt"
+
+
+@contextlib.contextmanager
+def ending(batches: Iterator) -> Iterator[None]:
+    """End a loader's processes, which an exception would keep for the 30 s of outlive_signals."""
+    try:
+        yield
+    finally:
+        getattr(batches, "_shutdown_workers", int)()
 
 
 @contextlib.contextmanager

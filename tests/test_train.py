@@ -786,6 +786,7 @@ def test_a_broken_picture_is_named(world, tmp_path):
     for path in world.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "11.png").write_bytes(b"not a picture")
-    done, log = tiny_run(tmp_path, tmp_path / "x", "--workers", 2)
-    assert done.returncode == 1
-    assert f"cannot read the picture {tmp_path / '11.png'}" in done.stderr.splitlines()[-1]
+    process = tiny_start(tmp_path, tmp_path / "x", "--workers", 2)
+    _, errors = process.communicate(timeout=25)  # the loader's processes end with it
+    assert process.returncode == 1
+    assert f"cannot read the picture {tmp_path / '11.png'}" in errors.splitlines()[-1]
