@@ -808,8 +808,8 @@ class RunFolder:
 OPERATION = {"out", "resume", "overwrite", "workers", "save_every", "max_bad_images", "processes"}
 OPERATION |= {"micro_batch", "grad_checkpointing"}
 # what an X-VLM's settings are for other models, and in runs begun before there were any
-CLIP = {"schedule": "cosine", "itm": False, "itm_negatives": False, "lr_mult": 1.0}
-CLIP |= {"adam_eps": 1e-6}
+RECIPE = {"schedule": "cosine", "itm": False, "itm_negatives": False, "lr_mult": 1.0}
+RECIPE |= {"adam_eps": 1e-6}
 
 
 def last_state(out: Path, config: dict) -> dict:
@@ -821,7 +821,7 @@ def last_state(out: Path, config: dict) -> dict:
         if any(out.glob("*.pt")):
             raise BadInput(f"{out} holds checkpoints of no run of ours: give another --out")
         return {}
-    old, new = CLIP | read_json(out / "config.json"), json.loads(json.dumps(config))
+    old, new = RECIPE | read_json(out / "config.json"), json.loads(json.dumps(config))
     differ = [k for k, v in new.items() if k not in OPERATION and old.get(k) != v]
     if was := "; ".join(f"{k} {old.get(k)}, now {new[k]}" for k in differ):
         raise BadInput(f"{out} was begun with {was}: resume with the same settings")
@@ -995,7 +995,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--resume", action="store_true", help="go on with what --out holds, if anything")
     p.add_argument("--save-every", type=int, default=1000, help="steps between states to resume")
     p.add_argument("--max-bad-images", type=int, default=0, help="go on without so many pictures")
-    p.set_defaults(**CLIP)
+    p.set_defaults(**RECIPE)
     known = p.parse_known_args()[0]
     if known.data == ["toy"]:
         p.set_defaults(**TOY)

@@ -329,6 +329,8 @@ def test_pictures_are_squeezed_not_cropped(config):
     assert seen.shape == (3, 32, 32)
     red = (1 - 0.48145466) / 0.26862954  # CLIP's mean and deviation
     assert seen[0, [0, 0, -1, -1], [0, -1, 0, -1]].tolist() == pytest.approx([red] * 4, abs=0.05)
+    crop, flip, *augment, _, _ = loaded.train_transform.transforms[:6]
+    assert (crop.scale, flip.p, [a.p for a in augment]) == ((0.5, 1), 0.5, [0.5, 0.5])
     for _ in range(20):
         assert loaded.train_transform(picture).shape == (3, 32, 32)
 
@@ -579,7 +581,7 @@ def test_a_run_begun_before_there_was_an_x_vlm_is_resumed(world, tmp_path):
     assert run(*options).returncode == 0
     path = tmp_path / "x" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ce_clip.CLIP}))
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ce_clip.RECIPE}))
     done = run(*options, "--resume")
     assert done.returncode == 0, done.stderr
     path.write_text(json.dumps(config | {"schedule": "linear"}))
