@@ -67,7 +67,8 @@ def existing(weights: str) -> str:
 
 
 class XVLM(nn.Module):
-    """The parameters have the names of X-VLM's retrieval checkpoints, but for `ours`."""
+    """X-VLM's retrieval model, of a config like CONFIG. Its parameters have the names of X-VLM's
+    checkpoints, but for what `ours` changes."""
 
     heads = "vision_proj", "text_proj", "itm_head", "logit_scale"  # what --lr-mult is about
 
@@ -163,7 +164,7 @@ class XVLM(nn.Module):
         The other is drawn with a probability that grows with the similarity, its softmax plus 1e-5,
         within this process. X-VLM leaves out captions of the same picture / we, as Eq. (1): do not.
         """
-        states, (text, there) = self.image_states(images), self.text_states(tokens)
+        states, (text, words) = self.image_states(images), self.text_states(tokens)
         image = _feature(self.vision_proj, states, normalize=True)
         feature = _feature(self.text_proj, text, normalize=True)
         pair, column = exists.nonzero().to(image.device).T
@@ -181,7 +182,7 @@ class XVLM(nn.Module):
             pictures.append(pair[column > 0])
             captions.append((column > 0).nonzero().squeeze(1))
         pictures, captions = torch.cat(pictures), torch.cat(captions)
-        logits = self.itm_logits(states[pictures], text[captions], there[captions])
+        logits = self.itm_logits(states[pictures], text[captions], words[captions])
         matches = torch.arange(len(pictures), device=image.device) < len(images)
         return image, feature, F.cross_entropy(logits, matches.long())
 
@@ -233,9 +234,8 @@ def ours(state: dict[str, Tensor], shapes: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict with the names of X-VLM's fine-tuned checkpoints, for their code: the inverse
-    of `ours`. They have it under "model"; their load_pretrained(is_eval=True) lacks two kinds of
-    buffers then, which their constructor has made."""
+    """Our state dict with the names of X-VLM's fine-tuned checkpoints, the inverse of `ours`: saved
+    as {"model": published(state)} it is a checkpoint for X-VLM's code."""
     found = {
         re.sub(_DOWNSAMPLE, lambda stage: str(int(stage[0]) - 1), k): v for k, v in state.items()
     }

@@ -192,6 +192,19 @@ def test_the_draw_follows_the_similarity(model, monkeypatch):
     assert share == pytest.approx(1 / (1 + math.exp(-0.1 / 0.07)), abs=0.06)
 
 
+def test_the_full_size_is_the_papers():
+    """214M parameters, with the heads of the pre-training 216M (Table 1); and CONFIG's defaults."""
+    with torch.device("meta"):
+        model = xvlm.XVLM(xvlm.CONFIG)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 214
+    bert = model.text_encoder.config
+    assert (bert.vocab_size, bert.intermediate_size, bert.hidden_act) == (30522, 3072, "gelu")
+    assert (bert.layer_norm_eps, bert.hidden_dropout_prob) == (1e-12, 0.1)
+    assert model.vision_encoder.layers[3].blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
+    fresh = xvlm.XVLM(CONFIG).text_encoder.encoder.layer[1].crossattention.self.key.weight
+    assert fresh.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 # ---- Checkpoints of X-VLM ------------------------------------------------------------------------
 
 
@@ -445,9 +458,11 @@ def batch_of_four() -> list[torch.Tensor]:
     return [images, tokens, torch.rand(4, 4, generator=generator) < 0.7]
 
 
-def step(encoder, features, valid) -> None:
+def step(encoder, features, valid) -> dict[str, torch.Tensor]:
     objective = ce_clip.Objective.parse(ce_clip.FULL, 0.2, 0.4)
-    ce_clip.batch_loss(features, valid, torch.ones(4), objective)[0].backward()
+    loss, terms, *_ = ce_clip.batch_loss(features, valid, torch.ones(4), objective)
+    loss.backward()
+    return {"itm": terms["itm"].detach()}
 
 
 def one_of_two(rank: int, out: str) -> None:
@@ -456,14 +471,14 @@ def one_of_two(rank: int, out: str) -> None:
     encoder = ce_clip.Encoder(model, itm=True, itm_negatives=True)
     encoder = DistributedDataParallel(encoder, find_unused_parameters=True)
     batch = [x[rows] for x in batch_of_four()]
-    step(encoder, encoder(*batch), batch[2])
-    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{out}.{rank}")
+    terms = step(encoder, encoder(*batch), batch[2])
+    torch.save(terms | {name: p.grad for name, p in model.named_parameters()}, f"{out}.{rank}")
     dist.destroy_process_group()
 
 
 def test_gradient_of_two_processes(tmp_path):
-    """Eq. 8 on all four pairs, and the mean of the matching losses of the halves: of two pairs each
-    the draws are certain."""
+    """Eq. 8 on all four pairs, and the mean of the matching losses of the halves, which is logged:
+    of two pairs each the draws are certain."""
     out = str(tmp_path / "gradients")
     torch.multiprocessing.spawn(one_of_two, (out,), nprocs=2)
     model = random_model()
@@ -474,6 +489,7 @@ def test_gradient_of_two_processes(tmp_path):
     step(encoder, [image, text, halves[0][2], itm], batch[2])
     for rank in range(2):
         found = torch.load(f"{out}.{rank}")
+        torch.testing.assert_close(found["itm"], itm.detach())
         for name, p in model.named_parameters():
             torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -484,6 +500,19 @@ def test_run_on_two_processes(world, config, tmp_path):
     log = log_of(tmp_path / "two")
     assert log[-1]["loss"] < log[0]["loss"]
     assert json.loads((tmp_path / "two" / "config.json").read_text())["itm"] is True
+
+
+def test_the_flag_takes_the_generated_negatives_in():
+    model, batch, losses = random_model(), [x[:2] for x in batch_of_four()], []
+    exists = F.pad(batch[2], (1, 0), value=True)
+    assert batch[2].any()
+    for generated in (False, True):
+        encoder = ce_clip.Encoder(model, itm=True, itm_negatives=generated)
+        *_, loss = encoder(*batch)
+        *_, expected = model(batch[0], batch[1][exists], exists, generated)
+        torch.testing.assert_close(loss, expected)
+        losses.append(loss.item())
+    assert losses[0] != pytest.approx(losses[1])
 
 
 def test_without_itm_the_fusion_layers_rest(world, config, tmp_path):
@@ -574,6 +603,12 @@ def test_a_config_that_would_go_wrong_late_is_refused(config, change, message):
         ce_clip.build_model("small", config=given)
 
 
+def test_a_padding_that_is_not_0_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[UNK]", "[PAD]", *WORDS[2:]]) + "\n")
+    with pytest.raises(BadInput, match=r"or its \[PAD\] is not 0"):
+        ce_clip.build_model("odd", config=CONFIG | {"tokenizer": str(tmp_path)})
+
+
 def test_a_run_begun_before_there_was_an_x_vlm_is_resumed(world, tmp_path):
     options = ["--data", world / "negatives.jsonl", "--images", world, "--pretrained", "none"]
     options += ["--model", world / "tiny.json", "--batch-size", 8, "--workers", 0, "--epochs", 1]
@@ -602,7 +637,7 @@ def test_scores_are_cosines_and_itm_logits_of_single_pairs(config, tmp_path):
         for n, i, j, k in ((0, 0, 1, 4), (3, 0, 1, 2), (1, 2, 3, 1), (2, 5, 0, 2), (0, 4, 5, 3))
         for box in ((None, (5, 5, 20, 30)) if n == 1 else (None,))
     ]
-    arguments = SimpleNamespace(batch_size=1, workers=0, precision="fp32")
+    arguments = SimpleNamespace(batch_size=2, workers=0, precision="fp32")
     features = eval_bench.Scorer(models, arguments).encode(items, items)
     x = models["x"]
     for itm in (False, True):
@@ -649,6 +684,7 @@ def test_aro_and_valse_are_scored_with_itm_the_others_by_cosine(
     assert scores["itc"]["sugarcrepe"] == cosines and scores["itc+itm"]["sugarcrepe"] == both
     assert scores[None] == {"valse": both, "sugarcrepe": cosines}
     assert titles == {None: 1, "itc": 0, "itc+itm": 2}
+    assert {key for key, b in eval_bench.BENCHMARKS.items() if b.itm} == {"aro", "valse"}
 
 
 def test_wise_ft_and_retrieval_take_an_x_vlm(world, config, tmp_path, monkeypatch, capsys):
