@@ -703,8 +703,12 @@ def test_wise_ft_and_retrieval_take_an_x_vlm(world, config, tmp_path, monkeypatc
 
 def test_scores_of_a_clip_are_not_said_to_be_by_itm(world, tmp_path, monkeypatch, capsys):
     ce_clip.save_checkpoint(tmp_path / "x.pt", ce_clip.build_model(str(world / "tiny.json")))
-    command = ["--ckpt", tmp_path / "x.pt", "--pairs", world / "negatives.jsonl", "--images", world]
-    assert "ITM" not in evaluate(monkeypatch, capsys, *command)
+    save_picture(tmp_path / "coco" / "val2017" / "000000000001.jpg")
+    entry = {"image_file": "000000000001.jpg", "caption": "a dog", "foil": "a cat"}
+    save_json(tmp_path / "valse" / "plurals.json", {"0": entry | {"mturk": {"caption": 3}}})
+    command = ["--ckpt", tmp_path / "x.pt", "--data-root", tmp_path]
+    text = evaluate(monkeypatch, capsys, *command)
+    assert "## VALSE (Table 1), %" in text and "ITM" not in text
     with pytest.raises(BadInput, match="--score is about X-VLM, and no model is one"):
         evaluate(monkeypatch, capsys, *command, "--score", "itc")
 
