@@ -951,7 +951,7 @@ TOY |= {"epochs": 2, "batch_size": 64, "lr": 2e-3}
 TOY_PRETRAINING = {"epochs": 4, "lr": 7e-4}
 
 
-def parse_args() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = p.add_argument_group("data").add_argument
@@ -960,11 +960,7 @@ def parse_args() -> argparse.Namespace:
     add("--data-root", default="data", help="where the named data lie [ours]")
     add("--workers", type=int, default=4, help="loader processes [authors' code: 0]")
     add = p.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="ViT-B-32-quickgelu",
-        help="open_clip name, xvlm, .json config [Sec. 4.1]",
-    )
+    add("--model", default="ViT-B-32-quickgelu", help="open_clip's, xvlm, or .json [Sec. 4.1]")
     add("--pretrained", default="openai", help="open_clip tag, file, or none [Sec. 4.1]")
     add = p.add_argument_group("loss").add_argument
     one_of = f"one run each: {' '.join(LOSSES)} [Table 4]"
@@ -986,16 +982,18 @@ def parse_args() -> argparse.Namespace:
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
     add("--lock-image", action="store_true", help="train the text tower alone")
     add("--seed", type=int, default=42, help="[authors' code]")
-    add = p.add_argument_group("X-VLM: with --model xvlm its recipe is the default").add_argument
-    add("--itm", action=argparse.BooleanOptionalAction, help="add its matching loss")
-    add("--itm-negatives", action="store_true", help="the generated negatives do not match either")
-    add("--lr-mult", type=float, help="rate of projections and heads, times --lr")
+    xvlm.add_arguments(p)
     p.add_argument("--out", help="run folder [runs/DATA]; other losses get -LOSSES added")
     p.add_argument("--overwrite", action="store_true", help="replace runs that are there")
     p.add_argument("--resume", action="store_true", help="go on with what --out holds, if anything")
     p.add_argument("--save-every", type=int, default=1000, help="steps between states to resume")
     p.add_argument("--max-bad-images", type=int, default=0, help="go on without so many pictures")
     p.set_defaults(**RECIPE)
+    return p
+
+
+def parse_args() -> argparse.Namespace:
+    p = arguments()
     known = p.parse_known_args()[0]
     if known.data == ["toy"]:
         p.set_defaults(**TOY)
@@ -1008,10 +1006,7 @@ def parse_args() -> argparse.Namespace:
         p.error(f"--batch-size {args.batch_size} does not split over {world_size()} processes")
     args.out = args.out or str(Path("runs", "+".join(Path(name).stem for name in args.data)))
     args.pretrained = None if args.pretrained == "none" else args.pretrained
-    if of_xvlm:
-        xvlm.check(args, world_size())
-    elif args.itm or args.itm_negatives or args.lr_mult != 1:
-        p.error("--itm, --itm-negatives and --lr-mult are X-VLM's: --model xvlm")
+    xvlm.check(args, of_xvlm, world_size())
     return args
 
 

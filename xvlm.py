@@ -10,6 +10,7 @@ says whether picture and caption match (ITM): in training a further loss, in ARO
 the score. N pictures or captions, P patches, W their width, L tokens, D width of the BERT.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -47,8 +48,19 @@ RECIPE |= {"lr": 3e-5, "lr_mult": 2.0, "schedule": "linear", "warmup": 0.1}
 RECIPE |= {"weight_decay": 0.01, "adam_eps": 1e-8}
 
 
-def check(args, processes: int) -> None:
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument_group("X-VLM: with --model xvlm its recipe is the default").add_argument
+    add("--itm", action=argparse.BooleanOptionalAction, help="add its matching loss")
+    add("--itm-negatives", action="store_true", help="the generated negatives do not match either")
+    add("--lr-mult", type=float, help="rate of projections and heads, times --lr")
+
+
+def check(args: argparse.Namespace, of_xvlm: bool, processes: int) -> None:
     """Refuse a user's mistakes before hours of work. Raises BadInput."""
+    if not of_xvlm:
+        if args.itm or args.itm_negatives or args.lr_mult != 1:
+            raise BadInput("--itm, --itm-negatives and --lr-mult are X-VLM's: --model xvlm")
+        return
     if args.micro_batch:
         raise BadInput("--micro-batch needs two equal passes, which dropout forbids an X-VLM")
     if args.itm and args.batch_size < 2 * processes:
