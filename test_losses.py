@@ -18,6 +18,7 @@ from ce_clip import (
     itc_hn_loss,
     itc_loss,
     own_pairs,
+    similarities,
 )
 
 
@@ -130,7 +131,7 @@ def test_imc_released_by_hand_and_unlike_eq_3():
     #   caption 1   log(e^.5 + e^2.5 + e^1) - .5
     e = math.exp
     text_neg = tensor([[[1.5, 99.0], [2.0, 0.0]], [[0.5, 99.0], [2.5, 1.0]]], requires_grad=True)
-    loss = imc_loss_released(POS, text_neg, VALID)
+    loss = imc_loss_released(text_neg, VALID)
     expected = math.log(e(1.5) + e(2) + e(0)) - 1.5 + math.log(e(0.5) + e(2.5) + e(1)) - 0.5
     assert loss.item() == close(expected / 2)
     own = text_neg.detach().diagonal(dim1=0, dim2=1).T
@@ -145,7 +146,7 @@ def test_imc_released_by_hand_and_unlike_eq_3():
 def test_imc_released_targets_the_first_negative_that_exists():
     text_neg = tensor([[[5.0, 1.0]], [[7.0, 0.0]]]).expand(2, 2, 2)
     valid = tensor([[False, True], [False, True]])
-    assert imc_loss_released(POS, text_neg, valid).item() == close(math.log(2))
+    assert imc_loss_released(text_neg, valid).item() == close(math.log(2))
 
 
 # ---- Eq. (4) and (6) -----------------------------------------------------------------------------
@@ -174,6 +175,14 @@ def test_cmr_stops_once_a_pair_leads_by_the_threshold():
     valid = tensor([[True]])
     assert cmr_loss(pos, neg, tensor([0.5]), valid).item() == 0
     assert cmr_loss(pos, neg, tensor([0.75]), valid).item() == 0.25
+
+
+def test_cmr_of_one_constant_for_all_kinds_by_hand():
+    # Eq. (4), neg - pos + 2   k=0                      k=1
+    #   i=0                    1 - 2 + 2 = 1            missing; leaking it would add 99
+    #   i=1                    2.5 - 3 + 2 = 1.5        .25 - 3 + 2 = -.75 -> 0
+    assert cmr_loss(POS, NEG, threshold=2.0, valid=VALID).item() == (1 + 1.5) / 2
+    assert cmr_loss(POS, NEG, threshold=2, valid=VALID).item() == (1 + 1.5) / 2
 
 
 # ---- Eq. (5) and (7) -----------------------------------------------------------------------------
@@ -239,6 +248,19 @@ def test_own_pairs_are_the_diagonals():
     assert neg.tolist() == NEG.tolist()
 
 
+def test_similarities_by_hand():
+    # at a scale of 2     caption 0 (4, 1)  negative (0, 3)  caption 1 (5, -1)  negative (-2, 1)
+    #   image 0 (1, 0)    2 * 4 = 8         2 * 0            2 * 5 = 10         2 * -2 = -4
+    #   image 1 (1, 2)    2 * 6 = 12        2 * 6 = 12       2 * 3 = 6          2 * 0
+    #   its own caption                     2 * 3 = 6                           2 * -11 = -22
+    image = tensor([[1.0, 0.0], [1.0, 2.0]])
+    text = tensor([[[4.0, 1.0], [0.0, 3.0]], [[5.0, -1.0], [-2.0, 1.0]]])
+    sim, sim_neg, text_neg = similarities(image, text, tensor(2.0))
+    assert sim.tolist() == [[8, 10], [12, 6]]
+    assert sim_neg.tolist() == [[[0], [-4]], [[12], [0]]]
+    assert text_neg.tolist() == [[6], [-22]]
+
+
 # ---- All of them ---------------------------------------------------------------------------------
 
 
@@ -281,7 +303,7 @@ def test_nothing_valid_is_plain_clip_with_finite_gradients(k):
     for x in (sim_neg, text_neg):
         assert x.grad is None or (x.grad == 0).all()
     assert sim.grad.isfinite().all()
-    assert imc_loss_released(POS, torch.full((2, 2, k), 99.0), valid).item() == 0
+    assert imc_loss_released(torch.full((2, 2, k), 99.0), valid).item() == 0
     kept = adaptive_threshold(POS, torch.full((2, k), 99.0), valid, previous=threshold)
     assert kept.tolist() == threshold.tolist()
 
@@ -314,7 +336,7 @@ WRONG = {
     "itc_hn_loss: valid has shape (3, 2), expected (2, 2)": lambda: itc_hn_loss(SIM, SIM_NEG, T),
     "imc_loss: pos has shape (2,), expected (3,)": lambda: imc_loss(POS, torch.ones(3, 2), T),
     "imc_loss_released: text_neg has shape (2, 2), expected (2, 2, 2)": lambda: imc_loss_released(
-        POS, NEG, VALID
+        NEG, VALID
     ),
     "cmr_loss: threshold has shape (3,), expected (2,)": lambda: cmr_loss(
         POS, NEG, torch.zeros(3), VALID

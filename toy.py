@@ -1,14 +1,14 @@
-"""The embedded world: pictures, captions and true/false caption pairs, with nothing to download.
+"""The toy world: pictures, captions and true/false caption pairs, with nothing to download.
 
-    python toy.py --out sheet.png       # pictures with a caption and its hard negatives (Fig. 2)
+    python toy.py --out data/toy       # toy.sh goes on from here: negatives, training, evaluation
 
 A scene is two different objects in two different colours and one relation: 14*13 * 8*7 * 8 = 81,536
-scenes. Its picture is 64 px. The world comes with a tiny CLIP and its word-level tokenizer, so that
-negatives, training and evaluation run on it in minutes on a CPU, by the code that real data takes.
+scenes. Its picture is 64 px. The files have the formats of real data, and nothing else knows of the
+world; beside them lies the config of a tiny CLIP, which learns it in minutes on a CPU.
 """
 
 import argparse
-import functools
+import itertools
 import json
 import math
 import random
@@ -17,27 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-OBJECTS = (
-    "cat",
-    "fish",
-    "bird",
-    "car",
-    "boat",
-    "ball",
-    "star",
-    "tree",
-    "barn",
-    "cup",
-    "heart",
-    "moon",
-    "hat",
-    "flower",
-)
+from negatives import BadInput, naming, run
+
 COLORS = {
     "red": (220, 40, 35),
     "green": (35, 150, 60),
@@ -49,14 +33,116 @@ COLORS = {
     "white": (245, 248, 250),
 }
 VERBS = ("pushing", "chasing", "kicking", "pulling", "watching", "riding")
-RELATIONS = (*VERBS, "above", "below")  # two prepositions, which no training negative touches
+INVERSE = {"above": "below", "below": "above"}  # no training negative touches prepositions
+RELATIONS = (*VERBS, *INVERSE)
 
 PIXELS = 64  # side of a picture
 OVERSAMPLING = 3  # drawn larger, then reduced: smooth edges
-TRAIN_SCENES, TEST_SCENES = 8192, 1000
 CAPTIONS_PER_SCENE = 2
 P_COLOR = 0.5  # an object's colour is named
 P_SINGLE = 0.12  # the caption names one object only, so that missing negatives occur
+
+MODEL = {  # open_clip's config of the tiny CLIP; its tokenizer is CLIP's, of 49,408 tokens
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": PIXELS, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    "init_logit_scale": math.log(50),
+}
+
+
+# ---- Objects: shapes in units of the object's half-width, from its centre; y grows downwards -----
+
+
+class Oval(NamedTuple):
+    left: float
+    top: float
+    right: float
+    bottom: float
+    hole: bool = False  # grey, whatever the object's colour
+
+
+class Polygon(NamedTuple):
+    points: list[tuple[float, float]]
+    hole: bool = False
+
+
+def arc(n: int, first: float, step: float, radius: float = 1) -> list[tuple[float, float]]:
+    """n points of a circle, from the angle first * pi on, in steps of step * pi."""
+    angles = [math.pi * (first + step * i) for i in range(n)]
+    return [(radius * math.cos(t), radius * math.sin(t)) for t in angles]
+
+
+TIPS, DENTS = arc(5, -0.5, 0.4), arc(5, -0.3, 0.4, radius=0.42)  # of the star
+OUTER, INNER = arc(17, 0.3, 1.4 / 16), arc(17, 1.7, -1.4 / 16, radius=0.82)  # of the moon
+
+SHAPES = {
+    "cat": [
+        Oval(-0.8, -0.6, 0.8, 1),
+        Polygon([(-0.8, -1), (-0.1, -0.5), (-0.8, 0.2)]),
+        Polygon([(0.8, -1), (0.1, -0.5), (0.8, 0.2)]),
+        Oval(-0.45, -0.1, -0.15, 0.2, hole=True),
+        Oval(0.15, -0.1, 0.45, 0.2, hole=True),
+    ],
+    "fish": [
+        Oval(-0.4, -0.6, 1, 0.6),
+        Polygon([(-1, -0.6), (-0.1, 0), (-1, 0.6)]),
+        Oval(0.5, -0.25, 0.75, 0, hole=True),
+    ],
+    "bird": [
+        Oval(-0.6, -0.3, 0.5, 0.8),
+        Oval(0.1, -0.9, 0.8, -0.2),
+        Polygon([(0.7, -0.7), (1, -0.5), (0.7, -0.4)]),
+        Polygon([(-1, -0.6), (-0.3, 0), (-0.5, 0.4)]),
+    ],
+    "car": [
+        Polygon([(-0.6, -0.1), (-0.4, -0.6), (0.4, -0.6), (0.6, -0.1)]),  # the cabin
+        Polygon([(-1, 0.5), (-1, -0.1), (0.6, -0.1), (1, 0), (1, 0.5)]),
+        Oval(-0.75, 0.2, -0.2, 0.75),
+        Oval(0.2, 0.2, 0.75, 0.75),
+        Oval(-0.6, 0.35, -0.35, 0.6, hole=True),
+        Oval(0.35, 0.35, 0.6, 0.6, hole=True),
+    ],
+    "boat": [
+        Polygon([(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)]),
+        Polygon([(-0.1, -1), (-0.1, 0.2), (-0.8, 0.2)]),
+        Polygon([(0.1, -0.8), (0.7, 0.2), (0.1, 0.2)]),
+    ],
+    "ball": [Oval(-1, -1, 1, 1)],
+    "star": [Polygon([point for pair in zip(TIPS, DENTS) for point in pair])],
+    "tree": [
+        Polygon([(0, -1), (0.6, -0.2), (-0.6, -0.2)]),
+        Polygon([(0, -0.5), (0.8, 0.5), (-0.8, 0.5)]),
+        Polygon([(-0.15, 0.5), (0.15, 0.5), (0.15, 1), (-0.15, 1)]),
+    ],
+    "barn": [
+        Polygon([(-1, -0.1), (0, -1), (1, -0.1)]),
+        Polygon([(-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1)]),
+        Polygon([(-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1)], hole=True),
+    ],
+    "cup": [
+        Oval(0.1, -0.5, 1, 0.5),
+        Oval(0.35, -0.25, 0.75, 0.25, hole=True),
+        Polygon([(-0.9, -0.8), (0.6, -0.8), (0.4, 0.8), (-0.7, 0.8)]),
+    ],
+    "heart": [
+        Oval(-1, -0.9, 0.05, 0.1),
+        Oval(-0.05, -0.9, 1, 0.1),
+        Polygon([(-0.95, -0.2), (0.95, -0.2), (0, 1)]),
+    ],
+    "moon": [Polygon(OUTER + [(0.5 + x, y) for x, y in INNER])],
+    "hat": [
+        Polygon([(-1, 0.3), (1, 0.3), (1, 0.65), (-1, 0.65)]),
+        Polygon([(-0.55, -0.8), (0.55, -0.8), (0.65, 0.3), (-0.65, 0.3)]),
+    ],
+    "flower": [
+        *(Oval(x - 0.42, y - 0.42, x + 0.42, y + 0.42) for x, y in arc(5, 0, 0.4, radius=0.6)),
+        Oval(-0.3, -0.3, 0.3, 0.3, hole=True),
+    ],
+}
+OBJECTS = tuple(SHAPES)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 class Scene(NamedTuple):
@@ -67,61 +153,16 @@ class Scene(NamedTuple):
     object_color: str
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
-
-
-# Parts of an object in its half-widths, from its centre: four numbers are an oval's left, top,
-# right and bottom, more of them a polygon's points; a hole is grey.
-_SHAPES = """
-ball = -1 -1 1 1
-tree = 0 -1 .6 -.2 -.6 -.2; 0 -.5 .8 .5 -.8 .5; -.15 .5 .15 .5 .15 1 -.15 1
-cat = -.8 -.6 .8 1; -.8 -1 -.1 -.5 -.8 .2; .8 -1 .1 -.5 .8 .2;
-    hole -.45 -.1 -.15 .2; hole .15 -.1 .45 .2
-fish = -.4 -.6 1 .6; -1 -.6 -.1 0 -1 .6; hole .5 -.25 .75 0
-bird = -.6 -.3 .5 .8; .1 -.9 .8 -.2; .7 -.7 1 -.5 .7 -.4; -1 -.6 -.3 0 -.5 .4
-car = -1 .5 -1 -.1 -.6 -.1 -.4 -.6 .4 -.6 .6 -.1 1 0 1 .5; -.75 .2 -.2 .75; .2 .2 .75 .75;
-    hole -.6 .35 -.35 .6; hole .35 .35 .6 .6
-boat = -1 .3 1 .3 .6 .9 -.6 .9; -.1 -1 -.1 .2 -.8 .2; .1 -.8 .7 .2 .1 .2
-barn = -1 -.1 0 -1 1 -.1; -.75 -.1 .75 -.1 .75 1 -.75 1; hole -.2 .4 .2 .4 .2 1 -.2 1
-cup = .1 -.5 1 .5; hole .35 -.25 .75 .25; -.9 -.8 .6 -.8 .4 .8 -.7 .8
-heart = -1 -.9 .05 .1; -.05 -.9 1 .1; -.95 -.2 .95 -.2 0 1
-hat = -1 .3 1 .3 1 .65 -1 .65; -.55 -.8 .55 -.8 .65 .3 -.65 .3
-"""
-
-
-def _round(n: int, first: float, turn: float) -> list[tuple[float, float]]:
-    """n points of the unit circle, from the angle first * pi on, in steps of turn * pi."""
-    angles = [math.pi * (first + turn * i) for i in range(n)]
-    return [(math.cos(t), math.sin(t)) for t in angles]
-
-
-@functools.cache
-def shapes() -> dict[str, list[tuple[bool, list[float]]]]:
-    """{object: its parts, (whether it is a hole, numbers)}."""
-    found = {}
-    for line in _SHAPES.replace(";\n", ";").strip().splitlines():
-        name, parts = line.split("=")
-        found[name.strip()] = [
-            ("hole" in part, [float(x) for x in part.split() if x != "hole"])
-            for part in parts.split(";")
-        ]
-    tips = [x * (0.42 if i % 2 else 1) for i, p in enumerate(_round(10, -0.5, 0.2)) for x in p]
-    found["star"] = [(False, tips)]
-    outer = _round(17, 0.3, 1.4 / 16)  # of the moon; and back along an inner arc
-    inner = [(0.5 + 0.82 * a, 0.82 * b) for a, b in reversed(outer)]
-    found["moon"] = [(False, [x for point in outer + inner for x in point])]
-    petals = [(0.6 * a, 0.6 * b) for a, b in _round(5, 0, 0.4)]
-    found["flower"] = [(False, [a - 0.42, b - 0.42, a + 0.42, b + 0.42]) for a, b in petals]
-    found["flower"].append((True, [-0.3, -0.3, 0.3, 0.3]))
-    return found
-
-
-def _shape(draw: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, color) -> None:
-    """Draw one object with centre (x, y) and half-width r, in pixels of the oversampled picture."""
-    for hole, numbers in shapes()[name]:
-        points = [(x + r * a, y + r * b) for a, b in zip(numbers[::2], numbers[1::2])]
-        part = draw.ellipse if len(points) == 2 else draw.polygon
-        part(points, fill=(128, 128, 128) if hole else color)
+def draw_object(draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, color):
+    """One object with centre (x, y) and half-width `radius`, in pixels of the picture."""
+    x, y, radius = OVERSAMPLING * x, OVERSAMPLING * y, OVERSAMPLING * radius
+    for part in SHAPES[name]:
+        fill = (128, 128, 128) if part.hole else color
+        if isinstance(part, Oval):
+            left, top, right, bottom = (radius * a for a in part[:4])
+            draw.ellipse((x + left, y + top, x + right, y + bottom), fill)
+        else:
+            draw.polygon([(x + radius * a, y + radius * b) for a, b in part.points], fill)
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
@@ -129,39 +170,34 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
 
     The subject stands left of the object; on top of it for riding and above, below it for below.
     """
-    s = PIXELS * OVERSAMPLING / 64  # everything below is in 64ths of the picture
 
     def jitter(color, by):
         return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)
 
-    background = jitter((165, 162, 168), 18)
-    image = Image.new("RGB", (PIXELS * OVERSAMPLING,) * 2, background)
+    def line(color, *points):
+        draw.line([(OVERSAMPLING * a, OVERSAMPLING * b) for a, b in points], color, width=4)
+
+    image = Image.new("RGB", (PIXELS * OVERSAMPLING,) * 2, jitter((165, 162, 168), 18))
     draw = ImageDraw.Draw(image)
     size = rng.uniform(11, 13)
     if scene.relation in ("riding", "above", "below"):
         gap = size * (1.8 if scene.relation == "riding" else 2.6)
         x, y = rng.uniform(20, 44), rng.uniform(size + gap / 2, 64 - size - gap / 2)
         down = -1 if scene.relation == "below" else 1
-        at = ((x, y - down * gap / 2), (x + rng.uniform(-3, 3), y + down * gap / 2))
+        sx, sy = x, y - down * gap / 2  # the subject's centre
+        ox, oy = x + rng.uniform(-3, 3), y + down * gap / 2  # the object's
     else:
         gap = size * {"pushing": 1.9, "chasing": 2.5, "kicking": 2.5}.get(scene.relation, 2.8)
         x, y = rng.uniform(size + gap / 2, 64 - size - gap / 2), rng.uniform(24, 44)
-        at = ((x - gap / 2, y), (x + gap / 2, y + rng.uniform(-2, 2)))
+        sx, sy = x - gap / 2, y
+        ox, oy = x + gap / 2, y + rng.uniform(-2, 2)
 
-    def line(color, *points, width=1.2):
-        draw.line([(s * a, s * b) for a, b in points], fill=color, width=round(width * s))
-
-    (sx, sy), (ox, oy) = at
-    middle = (sx + ox) / 2
     if scene.relation == "pushing":  # a floor
         line((60, 50, 45), (0, y + size + 1), (64, y + size + 1))
     elif scene.relation == "chasing":  # speed lines
-        for i in range(3):
-            line(
-                (235, 235, 235),
-                (sx - size, sy - size - 3 - 3 * i),
-                (ox + size, sy - size - 3 - 3 * i),
-            )
+        for above in (3, 6, 9):
+            height = y - size - above
+            line((235, 235, 235), (sx - size, height), (ox + size, height))
     elif scene.relation == "pulling":  # a rope
         line((80, 60, 45), (sx, sy), (ox, oy))
     elif scene.relation == "watching":  # a cone of sight
@@ -169,19 +205,14 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
             line((80, 190, 225), (sx, sy), (ox, end))
     elif scene.relation == "riding":  # legs around
         for side in (-1, 1):
-            line(
-                (70, 55, 45),
-                (x, y),
-                (x + side * (size + 2), y - 2),
-                (x + side * (size + 1), y + size),
-            )
-    radius = size * 0.95
-    _shape(draw, scene.object, s * ox, s * oy, s * radius, jitter(COLORS[scene.object_color], 12))
-    _shape(draw, scene.subject, s * sx, s * sy, s * radius, jitter(COLORS[scene.subject_color], 12))
+            knee, foot = (x + side * (size + 2), y - 2), (x + side * (size + 1), y + size)
+            line((70, 55, 45), (x, y), knee, foot)
+    radius = 0.95 * size
+    draw_object(draw, scene.object, ox, oy, radius, jitter(COLORS[scene.object_color], 12))
+    draw_object(draw, scene.subject, sx, sy, radius, jitter(COLORS[scene.subject_color], 12))
     if scene.relation == "kicking":  # a burst
-        for i in range(4):
-            dx, dy = 4 * math.cos(math.pi * i / 4), 4 * math.sin(math.pi * i / 4)
-            line((255, 130, 20), (middle - dx, y - dy), (middle + dx, y + dy))
+        for dx, dy in arc(4, 0, 0.25, radius=4):
+            line((255, 130, 20), (x - dx, y - dy), (x + dx, y + dy))
     return image.resize((PIXELS, PIXELS), Image.Resampling.BOX)
 
 
@@ -227,21 +258,14 @@ def is_true(text: str, scene: Scene) -> bool | None:
 
     if relation is None:
         return fits(color_1, noun_1, subject) or fits(color_1, noun_1, object_)
-    inverse = {"above": "below", "below": "above"}.get(relation)
-    if inverse == scene.relation:
-        subject, object_, relation = object_, subject, inverse
-    return (
-        relation == scene.relation
-        and fits(color_1, noun_1, subject)
-        and fits(color_2, noun_2, object_)
-    )
-
-
-HELD_OUT = ("swap phrases", "swap colors", "above/below", "add color", "add object")
+    if INVERSE.get(relation) == scene.relation:
+        subject, object_, relation = object_, subject, scene.relation
+    both = fits(color_1, noun_1, subject) and fits(color_2, noun_2, object_)
+    return both and relation == scene.relation
 
 
 def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(kind, true caption, false caption): the kinds of training negatives, then HELD_OUT ones.
+    """(kind, true caption, false caption): the kinds of training negatives, then held-out kinds.
 
     Relation names no colours: nothing but the order of the words tells its two captions apart.
     """
@@ -258,133 +282,79 @@ def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, st
         yield "action", full, describe(scene._replace(relation=verb))
     yield "object", full, describe(scene._replace(**{side: noun}))
     yield "swap phrases", full, describe(swapped)
-    yield (
-        "swap colors",
-        full,
-        describe(Scene(subject, object_color, relation, object_, subject_color)),
-    )
-    if relation not in VERBS:
-        opposite = {"above": "below", "below": "above"}[relation]
-        yield "above/below", full, describe(scene._replace(relation=opposite))
+    swapped = scene._replace(subject_color=object_color, object_color=subject_color)
+    yield "swap colors", full, describe(swapped)
+    if relation in INVERSE:
+        yield "above/below", full, describe(scene._replace(relation=INVERSE[relation]))
     yield "add color", plain, describe(scene._replace(subject_color=color), True, False)
     yield "add object", full, f"{full} and {noun_phrase(color, noun)}"
 
 
-# ---- The world on disk: pictures and captions in COCO's layout -----------------------------------
+# ---- The world on disk ---------------------------------------------------------------------------
 
 
-def make_world(
-    folder: Path, seed: int = 0, train: int = TRAIN_SCENES, test: int = TEST_SCENES
-) -> None:
-    """Write images/ and captions_{train,test}.json in COCO-captions format under `folder`.
+def make_world(folder: Path, seed: int = 0, train: int = 8192, test: int = 1000) -> None:
+    """Write into `folder`, which need not exist,
 
-    Each entry of "images" also carries its "scene". Train and test share none (but "A above B" and
-    "B below A" are two scenes that look the same: 24 of the 1,000 test scenes of seed 0 have such a
-    twin in train). captions_train.json comes last: with it, the world is complete.
+    images/               the pictures
+    captions_train.json   COCO format, an image with its "scene"; with this file all is there
+    captions_test.json    the same, with one full description a picture, for retrieval
+    negatives_test.jsonl  the true and false pairs of test pictures, in the format of negatives.py
+    model.json            MODEL
+
+    Train and test share no scene (but "A above B" and "B below A" are two scenes that look the
+    same: 24 of the 1,000 test scenes of seed 0 have such a twin in train).
     """
     rng = random.Random(seed)
-    scenes = [
-        Scene(s, sc, r, o, oc)
-        for s in OBJECTS
-        for o in OBJECTS
-        for sc in COLORS
-        for oc in COLORS
-        for r in RELATIONS
-        if s != o and sc != oc
-    ]
+    scenes = []
+    for objects in itertools.permutations(OBJECTS, 2):
+        for colors in itertools.permutations(COLORS, 2):
+            for relation in RELATIONS:
+                scenes.append(Scene(objects[0], colors[0], relation, objects[1], colors[1]))
     scenes = rng.sample(scenes, train + test)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    entries = []  # (COCO's image, captions)
     for i, scene in enumerate(tqdm(scenes, desc="toy world", unit="picture")):
-        draw_scene(scene, rng).save(folder / "images" / f"{i:05d}.png", compress_level=1)
-        images.append({"id": i, "file_name": f"{i:05d}.png", "scene": list(scene)})
-        for _ in range(CAPTIONS_PER_SCENE):
-            text = caption(scene, rng)
-            annotations.append({"id": len(annotations), "image_id": i, "caption": text})
-    for split, ids in (("test", range(train, train + test)), ("train", range(train))):
-        content = {
-            "images": images[ids.start : ids.stop],
-            "annotations": [a for a in annotations if a["image_id"] in ids],
-        }
-        (folder / f"captions_{split}.json").write_text(json.dumps(content))
+        image = {"id": i, "file_name": f"{i:05d}.png", "scene": scene}
+        draw_scene(scene, rng).save(folder / "images" / image["file_name"], compress_level=1)
+        captions = [caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE)]
+        entries.append((image, captions if i < train else [describe(scene)]))
+    (folder / "model.json").write_text(json.dumps(MODEL, indent=1))
+    test_images = [image for image, _ in entries[train:]]
+    lines = [json.dumps(r) + "\n" for image in test_images for r in pair_records(image)]
+    (folder / "negatives_test.jsonl").write_text("".join(lines))
+    write_coco(folder / "captions_test.json", entries[train:])
+    write_coco(folder / "captions_train.json", entries[:train])
 
 
-# ---- The tiny CLIP (0.45 M parameters) and its tokenizer -----------------------------------------
-
-CONTEXT = 16
-WORDS = sorted({*OBJECTS, *COLORS, *RELATIONS, "a", "an", "and", "is"})
-PAD, UNKNOWN, START = 0, 1, len(WORDS) + 2
-END = START + 1  # the highest id, because open_clip pools the text features at the argmax
-
-MODEL = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": PIXELS, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-    "text_cfg": {
-        "context_length": CONTEXT,
-        "vocab_size": END + 1,
-        "width": 64,
-        "heads": 2,
-        "layers": 2,
-    },
-    "init_logit_scale": math.log(50),
-}
+def write_coco(path: Path, entries: list[tuple[dict, list[str]]]) -> None:
+    annotations = []
+    for image, captions in entries:
+        for text in captions:
+            annotations.append({"id": len(annotations), "image_id": image["id"], "caption": text})
+    images = [image for image, _ in entries]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
 
 
-WORD_ID = {word: i + 2 for i, word in enumerate(WORDS)}
-
-
-def tokenize(texts: str | list[str]) -> Tensor:
-    """(N, 16) int64: start, one id a word, end, zeros; words after the 14th are left out."""
-    rows = []
-    for text in [texts] if isinstance(texts, str) else texts:
-        words = text.split()[: CONTEXT - 2]
-        ids = [START, *(WORD_ID.get(word, UNKNOWN) for word in words), END]
-        rows.append(ids + [PAD] * (CONTEXT - len(ids)))
-    return torch.tensor(rows)
-
-
-# ---- A sheet to look at --------------------------------------------------------------------------
-
-
-GREEN, RED = "#0a7d28", "#b3261e"  # of true and of false captions
-
-
-def sheet(
-    entries: list[tuple[Image.Image, list[tuple[str, str]]]], columns: int = 2
-) -> Image.Image:
-    """Pictures, each beside its lines of (text, colour)."""
-    font = ImageFont.load_default(size=15)
-    width = 150 + max(int(font.getlength(text)) for _, lines in entries for text, _ in lines)
-    height = max(140, 16 + 25 * max(len(lines) for _, lines in entries))
-    page = Image.new("RGB", (columns * width, -(-len(entries) // columns) * height), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (picture, lines) in enumerate(entries):
-        x, y = i % columns * width + 6, i // columns * height + 6
-        page.paste(picture.convert("RGB").resize((128, 128)), (x, y))
-        for line, (text, color) in enumerate(lines):
-            draw.text((x + 138, y + 4 + 25 * line), text, color, font)
-    return page
+def pair_records(image: dict) -> list[dict]:
+    """A picture's true_false_pairs: a record for each true caption, with the kinds that it has."""
+    records = {}  # true caption -> record
+    for kind, true, false in true_false_pairs(image["scene"], random.Random(image["id"])):
+        new = {"id": f"{image['id']}-{len(records)}", "image": image["file_name"], "caption": true}
+        records.setdefault(true, new)[kind] = false
+    return list(records.values())
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Draw toy pictures with a caption and its negatives.")
-    p.add_argument("--data", type=Path, default="data/toy", help="where ce_clip.py made the world")
-    p.add_argument("--out", type=Path, required=True, help="picture to write")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, help="folder of the world, e.g. data/toy")
+    p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    try:
-        lines = (args.data / "negatives_train.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        p.error(f"{args.data} has no negatives_train.jsonl: run python ce_clip.py first")
-    kinds = ("relation", "attribute", "action", "object")
-    records = (json.loads(line) for line in lines[:: 5 * CAPTIONS_PER_SCENE])
-    records = [record for record in records if record["relation"]][:8]
-    entries = []
-    for r in records:
-        lines = [(f"{k}: {r[k] or 'none'}", RED if r[k] else "gray") for k in kinds]
-        with Image.open(args.data / "images" / r["image"]) as picture:
-            entries.append((picture.convert("RGB"), [(r["caption"], GREEN), *lines]))
-    sheet(entries).save(args.out)
+    if (args.out / "captions_train.json").exists():
+        raise BadInput(f"{args.out} holds a world: give another --out, or delete it")
+    with naming(args.out, "a folder that can be written"):
+        make_world(args.out, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,33 +21,40 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ce_clip
 import eval_bench
+from eval_bench import Data, Item, Scorer
 
 
-def stand_ins(items: list[eval_bench.Item], folder: Path) -> list[eval_bench.Item]:
+def read_items(data: Data) -> list[Item]:
+    """SugarCrepe's, as eval_bench.sugarcrepe hands them to a scorer."""
+    scorer = SimpleNamespace(encode=lambda items, itm: None, decisions=[])
+    scorer.scores = lambda items, itm: torch.full((len(items), 2), torch.nan)
+    eval_bench.sugarcrepe(scorer, data)
+    return [item for item, _ in scorer.decisions]
+
+
+def stand_ins(items: list[Item], folder: Path) -> list[Item]:
     """The items on pictures that are all there, 16 different ones under the missing names."""
     jpegs = []
     for n in range(16):
-        noise = Image.effect_noise((80, 60), 30 + 4 * n).resize(
-            (640, 480), Image.Resampling.BICUBIC
-        )
-        noise.convert("RGB").save(buffer := io.BytesIO(), "jpeg", quality=85)
+        noise = Image.effect_noise((80, 60), 30 + 4 * n)
+        noise = noise.resize((640, 480), Image.Resampling.BICUBIC).convert("RGB")
+        noise.save(buffer := io.BytesIO(), "jpeg", quality=85)
         jpegs.append(buffer.getvalue())
     names = {}
     for item in items:
-        if item.image not in names and not Path(item.image).exists():
-            (folder / Path(item.image).name).write_bytes(jpegs[len(names) % len(jpegs)])
-            names[item.image] = str(folder / Path(item.image).name)
+        if item.image not in names and not item.image.exists():
+            names[item.image] = folder / item.image.name
+            names[item.image].write_bytes(jpegs[len(names) % len(jpegs)])
     return [item._replace(image=names.get(item.image, item.image)) for item in items]
 
 
 @torch.no_grad()
-def one_at_a_time(loaded: ce_clip.Loaded, items: list[eval_bench.Item]) -> list[bool]:
+def one_at_a_time(loaded: ce_clip.Loaded, items: list[Item]) -> list[bool]:
     model, right = loaded.model.eval(), []
     for item in items:
-        image = model.encode_image(loaded.eval_transform(Image.open(item.image))[None], True)
-        texts = [
-            model.encode_text(loaded.tokenizer(t), True) for t in (item.positive, *item.negatives)
-        ]
+        picture = Image.open(item.image).convert("RGB")
+        image = model.encode_image(loaded.eval_transform(picture)[None], True)
+        texts = [model.encode_text(loaded.tokenizer(t), True) for t in item[2:4]]
         positive, negative = (image @ text.T for text in texts)
         right.append(bool(positive > negative))
     return right
@@ -63,8 +70,7 @@ def main() -> None:
     torch.manual_seed(0)
     loaded = ce_clip.build_model(args.model)
     with tempfile.TemporaryDirectory() as folder:
-        files = eval_bench.Files(Path(args.data_root))
-        items = stand_ins(list(eval_bench.sugarcrepe_items(files)), Path(folder))
+        items = stand_ins(read_items(Data(Path(args.data_root))), Path(folder))
         if not items:
             p.error(f"{args.data_root} has no sugarcrepe/*.json")
         some = items[:: max(1, len(items) // args.items)]
@@ -72,12 +78,11 @@ def main() -> None:
         start = time.perf_counter()
         expected = one_at_a_time(loaded, some)
         slow = len(some) / (time.perf_counter() - start)
-        run = SimpleNamespace(batch_size=64, workers=args.workers, precision="fp32")
-        scorer = eval_bench.Scorer({"model": loaded}, run)
+        scorer = Scorer(loaded, workers=args.workers)
         start = time.perf_counter()
-        features = scorer.encode(items)["model"]
+        scorer.encode(items)
         fast = len(items) / (time.perf_counter() - start)
-        positive, negative = features.scores(some).T
+        positive, negative = scorer.scores(some).T
     same = sum(a == b for a, b in zip(expected, (positive > negative).tolist()))
     found = {"one at a time, items/s": slow, "ours": fast, "ratio": fast / slow}
     print(json.dumps(found | {"items": len(items), "equal decisions": f"{same}/{len(some)}"}))

@@ -12,7 +12,6 @@ import random
 import sys
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -58,11 +57,17 @@ def main() -> None:
     p.add_argument("--captions", type=Path, required=True, help="any file negatives.py reads")
     p.add_argument("--masks", type=int, default=2048)
     args = p.parse_args()
-    captions = [r["caption"] for r in islice(negatives.read_captions(args.captions), args.masks)]
-    tagged, rng = negatives.Tagger().words(captions), random.Random(0)
-    found = (negatives.mask(words, kind, rng) for words in tagged for kind in negatives.MASKED_POS)
-    requests = [masked for masked in found if masked][: args.masks]
-    texts = [negatives.text_of(masked.filled("<mask>").words) for masked in requests]
+    captions = [r["caption"] for r in negatives.read_captions(args.captions)[: args.masks]]
+    rng = random.Random(0)
+    requests = []  # (words, position)
+    texts = []  # the same with <mask>
+    for words in negatives.Tagger().words(captions):
+        for kind, rule in negatives.KINDS.items():
+            position = None if rule == "swap" else negatives.choose_mask(words, kind, rng)
+            if position is not None and len(requests) < args.masks:
+                requests.append((words, position))
+                masked = words[position]._replace(text="<mask>")
+                texts.append(negatives.text_of([*words[:position], masked, *words[position + 1 :]]))
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, captions)
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,21 +19,22 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ce_clip
-from ce_clip import FULL, KINDS, Encoder, Objective
+from ce_clip import KINDS, Encoder
 
 
 class Plain(Encoder):
     """The forward of the plain step."""
 
-    def forward(self, images, tokens, valid):
+    def encode(self, images, tokens, valid):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             image = self.model.encode_image(images, normalize=True).float()
             flat = tokens.flatten(0, 1).to(images.device)
             text = self.model.encode_text(flat, normalize=True).float()
-        return image, text.view(*tokens.shape[:2], -1), self.model.logit_scale.exp()
+        return image, text.view(*tokens.shape[:2], -1), images.new_zeros(1)
 
 
 def measure(args) -> None:
@@ -48,22 +49,23 @@ def measure(args) -> None:
     valid = torch.tensor([[r[kind] is not None for kind in KINDS] for r in records])
     size = loaded.model.visual.image_size
     images = torch.randn(len(records), 3, *(size if isinstance(size, tuple) else (size, size)))
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    encoder = (Plain if args.way == "plain" else Encoder)(
-        loaded.model.to(device).train(), precision
-    )
+    images, on_device = images.to(device), valid.to(device)
+    micro = args.micro_batch if args.way == "micro" else 0
+    kind = Plain if args.way == "plain" else Encoder
+    encoder = kind(loaded.model.to(device).train(), device.type == "cuda", micro)
     groups = ce_clip.parameter_groups(loaded.model, 0.1)
     optimizer = torch.optim.AdamW(groups, lr=5e-6, fused=args.way != "plain")
-    batch, objective = [images.to(device), tokens, valid], Objective.parse(FULL, 0.2, 0.4)
     threshold = torch.zeros(len(KINDS), device=device)
     for step in range(args.steps + 1):
         if step == 1:  # the first one warms up
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
+        image, text, scale, _ = encoder(images, tokens, valid)
+        sims = ce_clip.similarities(image, text, scale)
+        loss, _ = ce_clip.ce_clip_loss(*sims, threshold, on_device)
         optimizer.zero_grad()
-        micro = args.micro_batch if args.way == "micro" else 0
-        loss, *_ = ce_clip.backward(encoder, batch, threshold, objective, micro)
+        loss.backward()
         optimizer.step()
     loss = loss.item()  # and waits for the device
     speed = args.steps * args.batch_size / (time.perf_counter() - start)
@@ -76,10 +78,15 @@ def measure(args) -> None:
 def measure_loader(args) -> None:
     """Batches of the trainer's own loader with nothing to consume them."""
     loaded = ce_clip.build_model(args.model)
-    records = ce_clip.Negatives(Path(args.negatives), Path(args.images))
-    run = {"data": [], "epochs": 1, "seed": 0, "max_bad_images": 0, "workers": args.workers}
-    run |= {"batch_size": args.batch_size}
-    batches = iter(ce_clip.make_loader(argparse.Namespace(**run), records, KINDS, loaded, 0))
+    records = ce_clip.Records(Path(args.negatives), Path(args.images), list(KINDS))
+    batches = iter(
+        DataLoader(
+            ce_clip.Pairs(records, loaded, seed=0),
+            batch_sampler=ce_clip.batch_keys(len(records), args.batch_size, epochs=1, seed=0),
+            num_workers=args.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
     for _ in range(4 * max(1, args.workers)):  # past what the workers fetch ahead
         next(batches)
     start, n = time.perf_counter(), 0

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download, in another process
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # or here
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads but wait for each other
+torch.set_num_threads(1)
 
 
 TINY = {  # a ViT: no batch norm, so that nothing but the losses couples the pairs of a batch

@@ -1,14 +1,14 @@
-"""eval_bench.py: metrics by hand, loaders on small files in the real formats, the command."""
+"""eval_bench.py: metrics by hand, benchmarks on small files in the real formats, the command."""
 
+import itertools
 import json
 import math
-import random
 import sys
-from collections import Counter
+import tarfile
+from collections import Counter, defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
-import open_clip
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -17,155 +17,194 @@ from torch import tensor
 
 import ce_clip
 import eval_bench
-import negatives
-from ce_clip import KINDS, BadInput
-from eval_bench import Accuracy, Cell, Features, Files, Item
+from ce_clip import KINDS, Loaded
+from eval_bench import BadInput, Cell, Data, Item, Scorer, mean, pooled
 
 SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
+SUBSETS = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_att".split()
+OBJECTS = "hake vg_obj vg_subj swig_agent swig_destination swig_item swig_tool".split()
+PLACES = "Location/center Location/mid Location/margin Size/large Size/medium Size/small".split()
+ATTRIBUTES = ("action", "color", "material", "size", "state")
+VLC = [f"Attribute/{x}/{source}" for x in ATTRIBUTES for source in ("vg", "vaw")]
+VLC += [f"Object/{place}/{f}" for place in PLACES for f in OBJECTS]
+VLC += ["Relation/action/vg", "Relation/action/swig", "Relation/action/hake", "Relation/spatial/vg"]
+VALSE = {  # file: column of Table 1, a picture
+    "existence": ("Existence", "visual7w/images/v7w_1.jpg"),
+    "plurals": ("Plurality", "coco/val2017/000000000001.jpg"),
+    "counting-hard": ("Counting", "visual7w/images/v7w_1.jpg"),
+    "counting-small-quant": ("Counting", "visual7w/images/v7w_1.jpg"),
+    "counting-adversarial": ("Counting", "visual7w/images/v7w_1.jpg"),
+    "relations": ("Sp.rel.", "coco/val2017/000000000001.jpg"),
+    "action-replacement": ("Actions repl.", "swig/adjusting_1.jpg"),
+    "actant-swap": ("Actions swap", "swig/adjusting_1.jpg"),
+    "coreference-standard": ("Coref. standard", "coco/train2014/COCO_train2014_1.jpg"),
+    "coreference-hard": ("Coref. clean", "visdial/VisualDialog_val2018/VisualDialog_val2018_1.jpg"),
+    "foil-it": ("Foil-it!", "coco/val2014/COCO_val2014_1.jpg"),
+}
 
 
-def run(monkeypatch, capsys, *args) -> str:
-    """What eval_bench.py prints with these arguments; a mistake raises BadInput."""
-    monkeypatch.setattr(sys, "argv", ["eval_bench.py", *map(str, args)])
-    capsys.readouterr()
-    eval_bench.main()
-    return capsys.readouterr().out
+def save(path: Path, content) -> Path:
+    """A picture (content: a number), text, or JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, int):
+        Image.effect_noise((50, 40), 20 + 17 * content % 200).convert("RGB").save(path)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
 
 
-def tables(text: str) -> dict[str, dict[str, dict[str, str]]]:
-    """{title: {row: {column: cell}}} of the first markdown table below each title."""
-    found = {}
-    for part in text.split("## ")[1:]:
-        title, _, rest = part.partition("\n")
-        rest = rest.strip().split("\n\n")[0]
-        lines = [line[1:-1].split("|") for line in rest.splitlines()]
-        cells = [[cell.strip() for cell in line] for line in lines]
-        header = cells[0]
-        found[title] = {row[0]: dict(zip(header[1:], row[1:])) for row in cells[2:] if row[0]}
-    return found
+def items_of(monkeypatch, function, data: Data, *rows) -> tuple[list[Item], set[bool]]:
+    """What a benchmark hands to accuracies: its items, and whether an X-VLM matches them."""
+    calls = []
+    stub = lambda scorer, items, itm=False: calls.append((items, itm))  # noqa: E731
+    groups = defaultdict(lambda: Cell(math.nan))
+    monkeypatch.setattr(eval_bench, "accuracies", lambda *a, **k: stub(*a, **k) or groups)
+    function(None, data, *rows)
+    return [item for items, _ in calls for item in items], {itm for _, itm in calls}
+
+
+def by_hand(texts: dict[str, list[float]], images: dict[str, list[float]]) -> Scorer:
+    """A scorer without a model, which knows these features."""
+    scorer = Scorer(Loaded(torch.nn.Module(), *[None] * 5))
+    scorer.texts = {text: tensor(row).float() for text, row in texts.items()}
+    scorer.images = {(Path(name), None): tensor(row).float() for name, row in images.items()}
+    return scorer
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
 
-def test_a_tie_is_wrong():
-    nan = float("nan")  # no picture
-    positive, negative = tensor([0.5, 0.25, 0.5, nan, nan]), tensor([0.25, 0.25, 0.75, nan, nan])
-    accuracy = eval_bench.pair_accuracy(positive, negative)
-    assert accuracy == Accuracy(right=1, scored=3, ties=1, missing=2)
-    assert accuracy.percent == pytest.approx(100 / 3)
-
-
-def features(texts: dict[str, list[float]], images: dict[str, list[float]]) -> Features:
-    rows = [{(name, None): n for n, name in enumerate(images)}, {t: n for n, t in enumerate(texts)}]
-    return Features(tensor(list(images.values())), tensor(list(texts.values())), *rows)
-
-
-def test_score_groups_and_counts_missing_pictures():
-    f = features({"cat": [1, 0, 0], "dog": [0, 1, 0], "cow": [0.5, 0, 1]}, {"a": [1.0, 0, 0]})
-    items = [
-        Item("x", "a", None, "cat", ("dog",)),
-        Item("x", "b", None, "cat", ("dog",)),
-        Item("y", "a", None, "dog", ("cat",)),
-        Item("z", "b", None, "cat", ("dog",)),
-        Item("five", "a", None, "cow", ("dog", "dog")),
-        Item("five", "a", None, "cow", ("dog", "cat")),  # one of two is closer
-        Item("five", "a", None, "cat", ("dog", "cat")),  # a shuffle that changed nothing
-        Item("retrieval", "a", None, "cat", ()),
-    ]
-    cosines = f.scores(items)
-    assert cosines[4].tolist() == [0.5, 0]
-    assert cosines[1].isnan().all()  # no picture
-    assert cosines[7].isnan().tolist() == [False, True]  # no negative
-    assert eval_bench.score(items, cosines) == {
-        "x": Accuracy(1, 1, 0, 1),
-        "y": Accuracy(0, 1, 0, 0),
-        "z": Accuracy(0, 0, 0, 1),
-        "five": Accuracy(1, 3, 1, 0),
+def test_a_tie_is_wrong_and_a_missing_picture_is_counted():
+    scorer = by_hand({"cat": [1, 0], "dog": [0.5, 1]}, {"a": [1, 0]})
+    a, b = Path("a"), Path("b")  # b: no picture
+    items = [Item("x", a, "cat", "dog"), Item("x", b, "cat", "dog"), Item("y", a, "dog", "cat")]
+    items += [Item("tie", a, "cat", "cat"), Item("tie", a, "cat", "dog"), Item("z", b, "cat", "")]
+    assert scorer.scores(items[:1]).tolist() == [[1, 0.5]]
+    groups = eval_bench.accuracies(scorer, items)
+    expected = {"x": (100, 1, 2, 0), "y": (0, 1, 1, 0), "tie": (50, 2, 2, 1)}
+    assert {name: groups[name] for name in expected} == expected
+    for name, counts in (("z", (0, 1, 0)), ("of a file that is absent", (0, 0, 0))):
+        assert (math.isnan(groups[name].value), groups[name][1:]) == (True, counts)
+    assert [item for item, _ in scorer.decisions] == items
+    scorer.matches = {((a, None), "cat"): 0.25, ((a, None), "dog"): 2.0}
+    assert scorer.scores(items[2:3], itm=True).tolist() == [[2.5, 1.25]]
+    assert [eval_bench.accuracies(scorer, items, itm)["y"].value for itm in (0, 1)] == [0, 100]
+    torch.manual_seed(0)  # the same text twice is a tie, whatever the order of the sums
+    texts = {
+        f"{side}{n}": row for n, row in enumerate(torch.rand(99, 512).tolist()) for side in "st"
     }
+    scorer = by_hand(texts, {"a": torch.rand(512).tolist()})
+    same = [Item("", a, f"s{n}", f"t{n}") for n in range(99)]
+    assert eval_bench.accuracies(scorer, same)[""] == (0, 99, 99, 99)
 
 
-def test_averages_of_trees():
-    groups = {"a": Accuracy(1, 2, 0), "b": Accuracy(3, 4, 0), "c": Accuracy(0, 4, 0)}
-    assert eval_bench.cell("b", groups) == Cell(75, 4, 4)
-    assert eval_bench.cell(["a", ["b", "c"]], groups) == Cell((50 + 37.5) / 2, 10, 10)
-    assert eval_bench.cell(("a", "b", "c"), groups) == Cell(40, 10, 10)
-    groups["c"] = Accuracy(0, 4, 0, missing=1)
-    assert eval_bench.cell("c", groups) == Cell(0, 4, 5)  # a split shows what there is
-    for tree in (["a", ["b", "c"]], ("a", "c"), ["a", "absent"]):
-        assert math.isnan(eval_bench.cell(tree, groups).value)  # an average does not
-    assert math.isnan(eval_bench.cell([], groups).value)
+def test_means():
+    a, b, c = Cell(50, 2, 2, 1), Cell(75, 4, 4), Cell(0, 4, 4, 2)
+    assert mean([a, b, c]) == Cell(pytest.approx(125 / 3), 10, 10, 3)
+    assert mean([a, mean([b, c])]) == Cell((50 + 37.5) / 2, 10, 10, 3)
+    assert pooled([a, b, c]) == Cell(100 * (1 + 3 + 0) / 10, 10, 10, 3)
+    partial, absent = Cell(80, 4, 5), Cell(math.nan)
+    assert mean([partial]) == partial  # one file shows what there is of it, an average does not
+    for missing, kind in itertools.product((partial, absent), (mean, pooled)):
+        assert math.isnan(kind([a, missing]).value)
+        assert kind([a, missing])[1:] == (2 + missing.scored, 2 + missing.total, 1)
+    shown = [str(cell) for cell in (a, partial, mean([a, partial]), absent)]
+    assert shown == ["50.0", "80.0", "partial", ""]
 
 
-def test_averages_are_defined_as_the_papers():
+def test_averages_are_defined_as_the_papers(place, monkeypatch):
     """What the paper prints follows from its columns, but for a misprint. PROTOCOLS.md 0 and 3."""
-    averages = {"Avg 11 files", "Avg 9 columns", "Attribute", "Object", "Relation", "Avg"}
-    averages |= set(eval_bench.SUGARCREPE) | {"macro"}
+    columns = {"sugarcrepe": {name: name for name in SUBSETS}}
+    columns["valse"] = {file: column for file, (column, _) in VALSE.items()}
+    columns["vlc"] = {file: "{} {}".format(*file.capitalize().split("/")) for file in VLC}
+
+    def averages(benchmark: str, cells: dict[str, Cell]) -> dict[str, Cell]:
+        monkeypatch.setattr(eval_bench, "accuracies", lambda *_, **options: cells)
+        rows = [1000] if benchmark == "vlc" else []
+        return getattr(eval_bench, benchmark)(None, Data(place / "data"), *rows)
+
     off = {}
-    for key in ("valse", "vlc", "sugarcrepe"):
-        columns = eval_bench.BENCHMARKS[key].columns({})
-        for name, row in eval_bench.paper_rows(key).items():
-            splits = {c: t for c, t in columns.items() if c not in averages and c != "micro"}
-            leaf = {x: row[c].value for c, t in splits.items() for x in eval_bench.leaves(t)}
-            for column in averages & set(columns):
-                value = eval_bench.average(columns[column], leaf)
-                if abs(value - row[column].value) > 0.11:
-                    off[name, column] = round(value, 2), row[column].value
+    for benchmark, files in columns.items():
+        for name, row in eval_bench.paper_rows(benchmark).items():
+            cells = {file: Cell(row[column].value, 1, 1) for file, column in files.items()}
+            found = averages(benchmark, cells)
+            for column, cell in row.items():
+                if abs(found[column].value - cell.value) > 0.11:
+                    off[name, column] = round(found[column].value, 2), cell.value
+            if (benchmark, name) == ("valse", "CE-CLIP+ (paper)"):  # printed: that of the columns
+                assert round(found["Avg 11 files"].value, 2) == 75.05
     assert off.pop(("CLIP (paper)", "REPLACE")) == (80.03, 80.2)
     # of the files 70.35, of the columns 69.96
     assert off.pop(("CE-XVLM (paper)", "Avg 11 files")) == (70.35, 70.8)
     assert off == {("CLIP (paper)", "macro"): (72.99, 73.1)}  # ADD's attribute is 68.8 elsewhere
-    assert eval_bench.paper_rows("valse")["CE-CLIP+ (paper)"]["Avg 9 columns"].value == 76.7
-    eleven = eval_bench.paper_rows("valse")["CE-CLIP+ (paper)"]["Avg 11 files"].value
-    assert round(eleven, 2) == 75.05
-    coco = eval_bench.paper_rows("coco")["CLIP-FT (paper)"]
-    assert {name: c.value for name, c in coco.items()} == {"T2I R@5": 66.2, "I2T R@5": 78.3}
+    # center: vg 30, swig (60 + 0 + 0 + 0) / 4 = 15, hake 0; mid and margin: hake 90
+    values = {"vg_obj": 20, "vg_subj": 40, "swig_agent": 60, "hake": 90}
+    cells = {file: Cell(values.get(file.split("/")[-1], 0), 1, 1) for file in VLC}
+    cells["Object/Location/center/hake"] = Cell(0, 1, 1)
+    assert averages("vlc", cells)["Object location"].value == (15 + 45 + 45) / 3
 
 
-def test_the_relations_that_aro_drops():
+def test_table_5():
+    tasks, row = eval_bench.paper_rows("tasks"), "CE-CLIP (paper)"
+    for task, benchmark, column in eval_bench.TASKS[:5]:
+        assert tasks[row][task] == eval_bench.paper_rows(benchmark)[row][column]
+    coco = [tasks["CLIP-FT (paper)"][f"COCO {way} R@5"].value for way in ("T2I", "I2T")]
+    assert coco == [66.2, 78.3]
+    text = eval_bench.table_5({"X": {"b": Cell(60), "c": Cell(62.5), "d": Cell(59)}}, "b")
+    assert "| X | 60.0 | 62.5 (+2.5) | 59.0 (-1.0) |" in text
+
+
+def test_words():
     dropped = eval_bench.ARO_DROPPED
     assert len(dropped) == 157
     assert {"drinking", "drinking from", "on the side of", "sitting in front of"} < dropped
     assert not {"", "on", "the side of", "drinking -"} & dropped
+    assert eval_bench.pre_caption('A (big) dog:  "Rex"! ') == "a big dog rex"
+    assert len(eval_bench.pre_caption("a " * 40).split()) == 30
 
 
-def test_retrieval_by_hand():
-    images = {"A": [1, 0, 0], "B": [0, 1, 0], "C": [0, 0, 1]}
+def test_retrieval_by_hand(tmp_path):
     texts = {"a1": [9, 8, 0], "a2": [1, 2, 3], "b": [0, 5, 0], "c": [7, 0, 6]}
-    f = features({k: [float(x) for x in v] for k, v in texts.items()}, images)
-    f = f._replace(images=f.images.float())
-    items = [Item("", name[0].upper(), None, name, ()) for name in texts]
+    images = {"A": [1, 0, 0], "B": [0, 1, 0], "C": [0, 0, 1], "D": [1, 1, 1]}
+    scorer = by_hand(texts, {tmp_path / name: row for name, row in images.items()})
+    for name in "ABC":
+        save(tmp_path / name, "")
+    entries = [{"image": name[0].upper(), "caption": f"({name.upper()})!"} for name in texts]
+    path = save(tmp_path / "c.json", entries)
     # by caption: a1 9 before 8; a2 1 behind 2 and 3; b 5; c 6 behind 7        T2I R@1 = 2/4
     # by picture: A 9 before 7; B 5 behind 8; C 6 before 3                      I2T R@1 = 2/3
-    found = {k: cell.value for k, cell in eval_bench.retrieval_cells(items, f).items()}
-    assert found == pytest.approx(
-        {
-            **{"I2T R@1": 200 / 3, "I2T R@5": 100, "I2T R@10": 100},
-            **{"T2I R@1": 50, "T2I R@5": 100, "T2I R@10": 100},
-        }
-    )
-    tie = f._replace(texts=f.texts.index_fill(0, tensor([2]), 1.0))  # b: 1, 1, 1
-    assert eval_bench.retrieval_cells(items, tie)["T2I R@1"].value == 25
-    gone = [*items, Item("", "D", None, "b", ())]
-    assert math.isnan(eval_bench.retrieval_cells(gone, f)["I2T R@1"].value)
-    assert eval_bench.retrieval_cells(gone, f)["I2T R@1"][1:3] == (4, 5)
+    expected = dict.fromkeys(("I2T R@1", "I2T R@5", "I2T R@10", "T2I R@5", "T2I R@10"), 100)
+    expected |= {"I2T R@1": 200 / 3, "T2I R@1": 50}
+    found = eval_bench.retrieval(scorer, path, tmp_path)
+    assert {name: cell.value for name, cell in found.items()} == pytest.approx(expected)
+    scorer.texts["b"] = torch.ones(3)  # a tie of three
+    assert eval_bench.retrieval(scorer, path, tmp_path)["T2I R@1"].value == 25
+    save(path, [*entries, {"image": "D", "caption": "b"}])  # a picture that is absent
+    cell = eval_bench.retrieval(scorer, path, tmp_path)["I2T R@1"]
+    assert (str(cell), *cell[1:3]) == ("partial", 4, 5)
 
 
-def test_bootstrap_intervals():
-    constant, binary = torch.full((400,), 0.5), (torch.arange(400) < 100).float()
-    low, high = eval_bench.bootstrap(torch.stack([constant, binary], 1), resamples=20_000)
-    assert low[0] == high[0] == 0.5
-    half = 2.5758 * math.sqrt(0.25 * 0.75 / 400)  # the normal's 99 %
-    assert low[1].item() == pytest.approx(0.25 - half, abs=0.1 * half)
-    assert high[1].item() == pytest.approx(0.25 + half, abs=0.1 * half)
+def test_ranks_in_chunks():
+    torch.manual_seed(0)
+    one, two = torch.randint(-3, 4, (2, 600, 4)).float()
+    own, gallery_own, sim = torch.arange(600) // 2, torch.arange(300), one @ two[:300].T
+    behind = [int((row >= row[mine]).sum()) - 1 for row, mine in zip(sim, own)]
+    assert eval_bench.ranks(one, two[:300], own, gallery_own).tolist() == behind
 
 
-def test_similarities_of_fig_8():
-    f = features({"t": [0.6, 0.8], "n": [0.8, 0.6]}, {"a": [1.0, 0.0]})
-    items = [Item("", "a", None, "t", ("n",)), Item("", "b", None, "t", ("n",))]
-    found = eval_bench.similarities(items, f)
-    torch.testing.assert_close(found, tensor([[0.96, 0.6 - 0.8]]))
+def test_fig_8_by_hand():
+    item = Item("", Path("a"), "t", "n")
+    scorer = by_hand({"t": [0.6, 0.8], "n": [0.8, 0.6]}, {"a": [1, 0]})
+    scorer.matches = {(item.picture, text): 9.0 for text in "tn"}  # not part of a cosine
+    found = eval_bench.fig_8(scorer, [item], 9)
+    assert found == {"similarity": pytest.approx([0.96] * 3), "gap": pytest.approx([-0.2] * 3)}
+    # a gap of 1 in 100 of 400 items: the normal's 99 % interval
+    scorer = by_hand({"yes": [1, 0, 0], "no": [0, 1, 0], "n": [0, 0, 1]}, {"a": [1, 0, 0]})
+    items = [item._replace(positive="yes" if n < 100 else "no") for n in range(400)]
+    half = 2.5758 * math.sqrt(0.25 * 0.75 / 400)
+    found = eval_bench.fig_8(scorer, items, 20_000)
+    assert found["similarity"] == [0, 0, 0]
+    assert found["gap"] == pytest.approx([0.25, 0.25 - half, 0.25 + half], abs=0.1 * half)
 
 
 def test_metrics_of_elevater_by_hand():
@@ -174,390 +213,314 @@ def test_metrics_of_elevater_by_hand():
     assert eval_bench.accuracy(scores, target) == 0.25
     # class 2 does not occur: without it 0 of (0, 0) are right twice, 1 of (1, 1) once
     assert eval_bench.mean_per_class(scores, target) == (1 + 0.5) / 2
-    # of class 1: positives .3 and .2, negatives .2 and .1
-    assert eval_bench.roc_auc(scores, (target == 1).long()) == (2 + 1.5) / 4
-    assert eval_bench.roc_auc(scores, (target == 0).long()) == (0 + 0.5) / 4
+    assert eval_bench.mean_per_class(scores[1:], target[1:]) == (1 + 0.5) / 2  # not 2 of 3
     # precision 1 at recall 1/2, 2/3 at recall 1 (.2 is a tie): 6 levels of 1, 5 of 2/3
     hits = torch.stack([target < 0, target == 1, target < 0], 1)
     assert eval_bench.map_11_point(scores, hits) == pytest.approx((6 + 5 * 2 / 3) / 11)
 
 
-# ---- Words ---------------------------------------------------------------------------------------
-
-
-def test_pre_caption():
-    assert eval_bench.pre_caption('A (big) dog:  "Rex"! ') == "a big dog rex"
-    assert len(eval_bench.pre_caption("a " * 40).split()) == 30
-
-
-def test_perturbations_of_aros_order_tasks():
-    captions = ["A black cat sits on the old brown sofa near big windows", "Cats"]
-    tagged = list(negatives.Tagger().words(captions))
-    nouns, others, within, whole = eval_bench.perturbations(tagged[0])
-    words = eval_bench.pre_caption(captions[0]).split()
-    places = {w: i for i, w in enumerate(words)}
-    for text in (nouns, others, within, whole):
-        assert Counter(text.split()) == Counter(words)
-        assert text.split() != words
-    content = {"black", "cat", "old", "brown", "sofa", "big", "windows"}
-    assert [w for w in nouns.split() if w not in content] == [w for w in words if w not in content]
-    assert {nouns.split()[places[w]] for w in ("cat", "sofa", "windows")} == {
-        *("cat", "sofa", "windows")
-    }
-    assert [others.split()[places[w]] for w in content] == list(content)
-    for n in range(0, 12, 3):
-        assert sorted(within.split()[n : n + 3]) == sorted(words[n : n + 3])
-    threes = [whole.split()[n : n + 3] for n in range(0, 12, 3)]
-    assert sorted(threes) == sorted(words[n : n + 3] for n in range(0, 12, 3))
-    assert eval_bench.perturbations(tagged[0]) == (nouns, others, within, whole)  # seeded
-    assert eval_bench.perturbations(tagged[1])[0] == "cats"  # unchanged: a tie
-
-
-# ---- A small checkpoint and small benchmark folders in the real formats --------------------------
+# ---- Small checkpoints and small benchmark folders in the real formats ---------------------------
 
 ADJECTIVES = ("red", "blue", "tall", "small", "wet", "old", "dark")
-VALSE_PICTURES = {  # file: (picture's name, where it lies)
-    "existence": ("v7w_1.jpg", "visual7w/images"),
-    "plurals": ("000000000001.jpg", "coco/val2017"),
-    "action-replacement": ("adjusting_1.jpg", "swig"),
-    "coreference-standard": ("COCO_train2014_1.jpg", "coco/train2014"),
-    "coreference-hard": ("VisualDialog_val2018_1.jpg", "visdial/VisualDialog_val2018"),
-    "foil-it": ("COCO_val2014_1.jpg", "coco/val2014"),
-}
-
-
-def save_picture(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.effect_noise((50, 40), 20 + 17 * seed % 200).convert("RGB").save(path)
-
-
-def save_json(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+ONE, TWO = "tiny/epoch_1.pt", "other/epoch_1.pt"  # two sizes of pictures
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """tiny.pt, other.pt (another size of pictures), and data/ with all benchmarks but Flickr30k."""
+    """Two checkpoints, and data/ with all benchmarks but the zero-shot sets."""
     folder = tmp_path_factory.mktemp("place")
     data = folder / "data"
     for n, name in enumerate(("tiny", "other")):
         torch.manual_seed(n)
         config = TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": 32 + 16 * n}}
-        loaded = ce_clip.build_model(f"{name}-eval", config=config)
         (folder / name).mkdir()
+        loaded = ce_clip.build_model(f"{name}-eval", config=config)
         ce_clip.save_checkpoint(folder / name / "epoch_1.pt", loaded)
-    for subset in eval_bench.leaves(list(eval_bench.SUGARCREPE.values())):
-        items = {  # keys are not contiguous in the real files either
-            str(3 * i): {
-                "filename": f"{i % 3}.jpg",
-                "caption": f"a {ADJECTIVES[i]} dog",
-                "negative_caption": f"a {ADJECTIVES[(i + len(subset)) % 7]} dog",
-            }
-            for i in range(7)
-        }
-        save_json(data / "sugarcrepe" / f"{subset}.json", items)
-    for i in range(3):
-        save_picture(data / "coco" / "val2017" / f"{i}.jpg", i)
-    for name in eval_bench.leaves(list(eval_bench.VALSE.values())):
-        picture, where = VALSE_PICTURES.get(name, VALSE_PICTURES["existence"])
-        save_picture(data / where / picture, len(name))
-        entry = {"image_file": picture, "caption": "two dogs", "foil": f"{name} dogs"}
+    karpathy = []
+    for i, a in enumerate(ADJECTIVES):
+        texts = [f"A {a} dog sits on a mat.", f"{a} cats and dogs"]
+        karpathy.append({"image": f"val2014/{i}.jpg", "caption": texts})
+        save(data / "coco" / "val2014" / f"{i}.jpg", i)
+        save(data / "coco" / "val2017" / f"{i % 3}.jpg", i)
+    save(data / "coco" / "annotations" / "coco_karpathy_test.json", karpathy)
+    for subset in SUBSETS:
+        items = {}  # keys are not contiguous in the real files either
+        for i, a in enumerate(ADJECTIVES):
+            negative = f"a {ADJECTIVES[(i + len(subset)) % 7]} dog"
+            entry = {"filename": f"{i % 3}.jpg", "caption": f"a {a} dog"}
+            items[str(3 * i)] = entry | {"negative_caption": negative}
+        save(data / "sugarcrepe" / f"{subset}.json", items)
+    for name, (_, picture) in VALSE.items():
+        image = save(data / picture, len(name)).name
+        entry = {"image_file": image, "caption": "two dogs", "foil": f"{name} dogs"}
         items = {n: entry | {"mturk": {"caption": n, "foil": 0, "other": 0}} for n in range(4)}
-        save_json(data / "valse" / f"{name}.json", items)
+        save(data / "valse" / f"{name}.json", items)
     box = {"bbox_x": 5, "bbox_y": 3, "bbox_w": 30, "bbox_h": 20, "image_path": "7.jpg"}
     box |= {"true_caption": "the dog is on the mat", "false_caption": "the mat is on the dog"}
     relations = [box | {"relation_name": name} for name in ("on", "on", "under", "near")]
-    save_json(data / "aro" / "visual_genome_relation.json", relations)
     pairs = [["red", "big"]] * 25 + [["big", "red"]] * 24
-    attributions = [box | {"attributes": pair} for pair in pairs]
-    save_json(data / "aro" / "visual_genome_attribution.json", attributions)
-    save_picture(data / "aro" / "images" / "7.jpg")
-    for group in eval_bench.leaves(eval_bench.vlc_columns(None)["Avg"]):
-        config = data / "vl_checklist" / "corpus" / "v1" / f"{group}.yaml"
-        config.parent.mkdir(parents=True, exist_ok=True)
-        name = f"data/{group}.json"
-        config.write_text(f'ANNO_PATH: "{name}"\nIMG_ROOT: "vg/"\nTYPE: "TUPLE_JSON"')
-        texts = {"POS": ["brown dog", "x"], "NEG": [f"{group} dog", "y"]}
+    save(data / "aro" / "visual_genome_relation.json", relations)
+    save(data / "aro" / "visual_genome_attribution.json", [box | {"attributes": p} for p in pairs])
+    save(data / "aro" / "images" / "7.jpg", 0)
+    for file in VLC:
+        config = f'ANNO_PATH: "data/{file}.json"\nIMG_ROOT: "vg/"\nTYPE: "TUPLE_JSON"'
+        save(data / "vl_checklist" / "corpus" / "v1" / f"{file}.yaml", config)
+        texts = {"POS": ["brown dog", "x"], "NEG": [f"{file} dog", "y"]}
         rows = [["VG_100K/1.jpg", texts]] * 2 + [["VG_100K/1.jpg", texts | {"NEG": texts["POS"]}]]
-        save_json(data / "vl_checklist" / name, rows)
-    save_picture(data / "vg" / "VG_100K" / "1.jpg", 4)
-    karpathy = [
-        {
-            "image": f"val2014/{i}.jpg",
-            "caption": [f"A {a} dog sits on a mat.", f"{a} cats and dogs"],
-        }
-        for i, a in enumerate(ADJECTIVES)
-    ]
-    save_json(data / "coco" / "annotations" / "coco_karpathy_test.json", karpathy)
-    for i in range(7):
-        save_picture(data / "coco" / "val2014" / f"{i}.jpg", i)
-        save_picture(
-            data / "zeroshot" / "resisc45_clip" / "test" / f"class_{i % 2}" / f"{i}.png", i
-        )
+        save(data / "vl_checklist" / "data" / f"{file}.json", rows)
+    save(data / "vg" / "VG_100K" / "1.jpg", 4)
     return folder
 
 
 @pytest.fixture
-def here(place, monkeypatch):
+def score(place, monkeypatch, capsys):
+    """A function that runs the command in `place`: its output, and results.json with Cells."""
     monkeypatch.chdir(place)
-    return place
+    monkeypatch.setattr(eval_bench.fig_8, "__defaults__", (200,))  # not 50,000 resamples
+
+    def command(options: str) -> tuple[str, dict]:
+        monkeypatch.setattr(sys, "argv", ["eval_bench.py", *options.split()])
+        capsys.readouterr()
+        eval_bench.run(eval_bench.main)
+        saved = Path("out/results.json").read_text() if "--out out" in options else "{}"
+        cells = lambda entry: Cell(**entry) if "ties" in entry else entry  # noqa: E731
+        return capsys.readouterr().out, json.loads(saved, object_hook=cells, parse_constant=1)
+
+    return command
 
 
-def scorer(**paths):
-    models = {name: ce_clip.load_model(str(path)) for name, path in paths.items()}
-    return eval_bench.Scorer(models, SimpleNamespace(batch_size=3, workers=0, precision="fp32"))
-
-
-def test_features_equal_one_pair_at_a_time_and_share_the_decoding(here, monkeypatch):
+def test_features_equal_one_pair_at_a_time(score):
     """Deduplication, sorting, cutting and batches change no cosine."""
-    items = list(eval_bench.sugarcrepe_items(Files(Path("data"))))
-    items[0] = items[0]._replace(box=(5, 3, 30, 40), negatives=("a dog", "a much longer caption"))
-    decoded = []
-    load = ce_clip.load_image
-    monkeypatch.setattr(eval_bench, "load_image", lambda *a: decoded.append(a) or load(*a))
-    both = scorer(one="tiny/epoch_1.pt", two="other/epoch_1.pt")
-    found = both.encode(items)
-    assert len(decoded) == len(found["one"].images) == 4
-    assert len(found["one"].texts) == 9
-    for row, loaded in both.models.items():
-        for item, row_of_two in zip(items, found[row].scores(items)):
+    items = []
+    for i, adjective in enumerate(ADJECTIVES):
+        picture = Path(f"data/coco/val2017/{i % 3}.jpg")
+        items.append(Item("", picture, f"a {adjective} dog" + " and a cat" * (i % 4), "a dog"))
+    items.append(items[0]._replace(box=(5, 3, 30, 40)))
+    for loaded in map(ce_clip.load_model, (ONE, TWO)):
+        scorer = Scorer(loaded, batch_size=2)
+        scorer.encode(items)
+        assert (len(scorer.images), len(scorer.texts)) == (4, 8)
+        for item, row_of_two in zip(items, scorer.scores(items)):
             image = Image.open(item.image).convert("RGB")
             image = loaded.eval_transform(image.crop(item.box) if item.box else image)[None]
-            tokens = loaded.tokenizer([item.positive, *item.negatives])
             with torch.no_grad():
-                one, two, _ = loaded.model(image, tokens)
-            positive, *negative = (one @ two.T)[0]
-            expected = torch.stack([positive, max(negative)])
-            torch.testing.assert_close(row_of_two, expected, rtol=0, atol=1e-6)
+                texts = loaded.tokenizer([item.positive, item.negative])
+                one, two, _ = loaded.model(image, texts)
+            torch.testing.assert_close(row_of_two, (one @ two.T)[0], rtol=0, atol=1e-6)
 
 
-def test_command_on_every_benchmark(here, monkeypatch, capsys):
-    options = ["--ckpt", "tiny/epoch_1.pt", "other/epoch_1.pt", "--data-root", "data"]
-    text = run(monkeypatch, capsys, *options, "--out", "out", "--items")
-    found = tables(text)
-    row = "tiny/epoch_1.pt"
+def test_a_checkpoint_decodes_and_encodes_everything_once(score, monkeypatch):
+    decoded, rows = [], []
+    load, encode = eval_bench.open_image, eval_bench.encode_text
+    monkeypatch.setattr(eval_bench, "open_image", lambda *a: decoded.append(a) or load(*a))
+    monkeypatch.setattr(eval_bench, "encode_text", lambda m, t: rows.extend(t) or encode(m, t))
+    score(f"--ckpt {ONE} --out out")
+    assert sorted(path for path, _ in decoded) == sorted(Path("data").rglob("*.jpg"))
+    texts = {f"a {a} dog sits on a mat" for a in ADJECTIVES}
+    texts |= {f"{a} cats and dogs" for a in ADJECTIVES}
+    for line in Path("out/items.jsonl").read_text().splitlines():
+        texts |= {json.loads(line)[side] for side in ("positive", "negative")}
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows) == len(texts)
 
-    sugarcrepe = found["SugarCrepe (Table 3), %"]
-    assert sugarcrepe["CE-CLIP (paper)"]["replace_obj"] == "93.1"
-    assert sugarcrepe["scored/all"]["macro"] == "49/49"
-    percent = [float(sugarcrepe[row][s]) for s in eval_bench.sugarcrepe_columns(None)["macro"]]
-    assert float(sugarcrepe[row]["macro"]) == pytest.approx(sum(percent) / 7, abs=0.06)
-    assert float(sugarcrepe[row]["micro"]) == pytest.approx(sum(percent) / 7, abs=0.06)
 
-    valse = found["VALSE (Table 1), %"]
-    assert valse["scored/all"]["Counting"] == "6/6"  # two of four captions a file, three files
-    assert valse["scored/all"]["Avg 11 files"] == "22/22"
-
-    aro = found["ARO (Table 1), %"]  # "near" is dropped, big_red has 24 cases
-    assert aro["scored/all"] == {"Relation": "3/3", "Attribution": "25/25"}
-    assert aro["CLIP (paper)"] == {"Relation": "59.3", "Attribution": "62.9"}
-    assert "99 % bootstrap intervals" in text
-
-    vlc = found["VL-CheckList (Table 2), %"]
-    assert vlc["scored/all"]["Object/Location"] == "63/63"  # 3 types of 7 files of 3 rows
-    assert vlc["scored/all"]["Avg"] == "168/168"
-    assert "168 items, 56 of them repeated; in 56 a negative is the caption itself" in text
-    groups = json.loads(Path("out/results.json").read_text())["groups"]["vlc"][row]
-    assert {a["ties"] for a in groups.values()} == {1}
-
-    order = found["ARO: word order, the caption among four perturbations, % - PARTIAL"]
-    assert order["scored/all"] == {"COCO-Order": "14/14"}
-    assert "Absent: flickr30k/flickr30k_test.json." in text
-    coco = found["COCO retrieval, Karpathy's 5k test (Table 5: R@5), %"]
-    assert coco["scored/all"]["I2T R@1"] == "14/14"
-    assert "Flickr30k retrieval, 1k test is not scored: flickr30k/flickr30k_test.json is" in text
-
-    zero_shot = found["Zero-shot classification, %"]
-    assert zero_shot["metric"] == {"resisc45_clip": "accuracy", "ELEVATER": ""}
-    assert zero_shot[row]["ELEVATER"] == "partial"
-    assert "zero-shot mnist is not scored: data/zeroshot/mnist is not torchvision's MNIST" in text
-    gain = found["Gain and forgetting (Table 5)"]
-    assert gain["VL-CheckList"][row] == vlc[row]["Avg"]
-    assert gain["COCO T2I R@5"]["CE-CLIP+ (paper)"] == "72.3"
+def test_command_on_every_benchmark(score):
+    options = f"--ckpt {ONE} {TWO} --data-root data --out out"
+    text, saved = score(options)
+    cells = {name: rows.get(ONE) for name, rows in saved["benchmarks"].items()}
+    counts = {
+        "aro": {"Relation": 3, "Attribution": 25},  # "near" is dropped, big_red has 24 cases
+        "valse": {"Counting": 6, "Avg 11 files": 22},  # two of four captions a file
+        "vlc": {"Object location": 63, "Avg": 168},  # 3 types of 7 files of 3 rows
+        "sugarcrepe": {"macro": 49, "micro": 49},
+        "coco": {"I2T R@1": 14},
+    }
+    for name, columns in counts.items():
+        assert {column: cells[name][column][1:3] for column in columns} == {
+            column: (count, count) for column, count in columns.items()
+        }
+    assert cells["vlc"]["Avg"].ties == 56
+    cells = cells["sugarcrepe"]
+    average = sum(cells[subset].value for subset in SUBSETS) / 7
+    assert [cells["macro"].value, cells["micro"].value] == pytest.approx([average] * 2)
+    (table,) = [part for part in text.split("## ") if part.startswith("SugarCrepe (Table 3), %\n")]
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| {ONE}")]
+    assert row.split()[3::2] == [str(cell) for cell in cells.values()]
+    assert "| CE-CLIP (paper)  | 93.1        | 88.8" in table
+    (ties,) = [
+        line for line in text.splitlines() if line.startswith(f"| ties, {TWO}") and "56" in line
+    ]
+    assert ties.split()[-2] == "56"
+    assert list(saved["fig_8"]["aro"]) == [ONE, TWO]
+    absent = "Zero-shot classification (Table 5) is not scored: data/zeroshot/cifar10 is absent"
+    assert absent in text
+    assert saved["tasks"]["VL-CheckList"][TWO] == saved["benchmarks"]["vlc"][TWO]["Avg"]
 
     lines = [json.loads(line) for line in Path("out/items.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * (49 + 22 + 53 + 168 + 14)
-    one = [x for x in lines if x["model"] == row and x["group"] == "replace_obj"]
-    assert f"{100 * sum(x['right'] for x in one) / 7:.1f}" == sugarcrepe[row]["replace_obj"]
-    assert Path("out/results.md").read_text() in text
+    assert len(lines) == 2 * (49 + 22 + 53 + 168)
+    one = [x["right"] for x in lines if x["row"] == ONE and x["group"] == "replace_obj"]
+    assert 100 * sum(one) / 7 == pytest.approx(cells["replace_obj"].value)
+    assert all(x["right"] == (x["scores"][0] > x["scores"][1]) for x in lines)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     assert set(before) == {"results.md", "results.json", "items.jsonl"}
-    assert b"NaN" not in before["results.json"]
-    run(monkeypatch, capsys, *options, "--out", "out", "--items")
+    assert before["results.md"].decode() in text
+    score(options)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
-    with pytest.raises(BadInput, match="Flickr30k retrieval, 1k test is not scored"):
-        run(monkeypatch, capsys, *options, "--strict")
+    for rows, count in ((1, 56), (0, 168)):
+        _, saved = score(f"{options} --bench vlc --vlc-rows {rows}")
+        assert saved["benchmarks"]["vlc"][ONE]["Avg"].total == count
 
 
-def test_a_box_of_aro_is_left_top_right_bottom(here):
-    first = next(iter(eval_bench.aro_items(Files(Path("data")))))
-    assert first == Item(
-        "relation/on",
-        "data/aro/images/7.jpg",
-        (5, 3, 35, 23),
-        "the dog is on the mat",
-        ("the mat is on the dog",),
-    )
+def test_items_pictures_and_which_benchmarks_an_x_vlm_matches(score, monkeypatch):
+    data = Data(Path("data"))
+    aro, aro_itm = items_of(monkeypatch, eval_bench.aro, data)
+    valse, valse_itm = items_of(monkeypatch, eval_bench.valse, data)
+    sugarcrepe, sugarcrepe_itm = items_of(monkeypatch, eval_bench.sugarcrepe, data)
+    vlc, vlc_itm = items_of(monkeypatch, eval_bench.vlc, data, 0)
+    assert aro_itm == valse_itm == {True}
+    assert sugarcrepe_itm == vlc_itm == {False}
+    assert not data.absent
+    assert all(item.image.exists() for item in [*aro, *valse, *sugarcrepe, *vlc])
+    for items, files in ((valse, VALSE), (sugarcrepe, SUBSETS), (vlc, VLC)):
+        assert {item.group for item in items} == set(files)
+    texts, box = ("the dog is on the mat", "the mat is on the dog"), (5, 3, 35, 23)
+    assert aro[0][1:] == (Path("data/aro/images/7.jpg"), *texts, box)
+    assert valse[-1][2:4] == ("two dogs", "foil-it dogs")
 
 
-def test_rows_of_vl_checklist(here):
-    files, args = Files(Path("data")), SimpleNamespace(vlc_rows=1)
-    assert len(list(eval_bench.vlc_items(files, args))) == 56
-    args.vlc_rows = 0
-    assert len(list(eval_bench.vlc_items(files, args))) == 168
-
-
-def test_wise_ft_lies_between_its_ends(here, monkeypatch, capsys):
+def test_wise_ft_lies_between_its_ends(score):
     torch.manual_seed(3)
-    config = ce_clip.load_model("tiny/epoch_1.pt").config
+    config = ce_clip.load_model(ONE).config
     ce_clip.save_checkpoint(Path("tuned.pt"), ce_clip.build_model("tiny-eval", config=config))
-    options = ["--ckpt", "tuned.pt", "--base", "tiny/epoch_1.pt", "--data-root", "data"]
-    text = run(monkeypatch, capsys, *options, "--bench", "sugarcrepe", "--wise", 0, 0.5, 1)
-    found = tables(text)["SugarCrepe (Table 3), %"]
-    plain = tables(run(monkeypatch, capsys, *options, "--bench", "sugarcrepe"))
-    rows = plain["SugarCrepe (Table 3), %"]
-    assert found["tuned.pt, WiSE 0"] == found["tiny/epoch_1.pt"] == rows["tiny/epoch_1.pt"]
-    assert found["tuned.pt, WiSE 1"] == rows["tuned.pt"] != rows["tiny/epoch_1.pt"]
-    gain = plain["Gain and forgetting (Table 5), difference to tiny/epoch_1.pt"]["SugarCrepe"]
-    one, two = float(rows["tuned.pt"]["macro"]), float(rows["tiny/epoch_1.pt"]["macro"])
-    value, difference = gain["tuned.pt"].split()
-    assert float(value) == one
-    assert float(difference.strip("()")) == pytest.approx(one - two, abs=0.11)
-    models = [ce_clip.load_model(path) for path in ("tiny/epoch_1.pt", "tuned.pt")]
-    half = eval_bench.interpolate(*models, 0.5).model.state_dict()
-    for name, weight in half.items():
-        ends = [m.model.state_dict()[name] for m in models]
-        torch.testing.assert_close(weight, (ends[0] + ends[1]) / 2)
+    options = f"--ckpt tuned.pt {ONE} --base {ONE} --bench sugarcrepe --out out"
+    text, plain = score(options)
+    _, wise = score(f"{options} --wise 0 0.5 1")
+    plain, wise = plain["benchmarks"]["sugarcrepe"], wise["benchmarks"]["sugarcrepe"]
+    assert list(plain) == [ONE, "tuned.pt"]
+    assert wise["tuned.pt, WiSE 0"] == wise[ONE] == plain[ONE]
+    assert wise["tuned.pt, WiSE 1"] == plain["tuned.pt"] != plain[ONE]
+    one, two = (plain[row]["macro"].value for row in (ONE, "tuned.pt"))
+    assert f" {two:.1f} ({two - one:+.1f}) " in text
+    models = [ce_clip.load_model(path) for path in (ONE, "tuned.pt")]
+    one, two = (loaded.model.state_dict() for loaded in models)
+    between = eval_bench.interpolate(ce_clip.load_model(ONE), models[1], 0.25).model.state_dict()
+    for name, weight in between.items():
+        torch.testing.assert_close(weight, 0.75 * one[name] + 0.25 * two[name])
     with pytest.raises(BadInput, match="--wise: the base is a tiny-eval, the checkpoint a other"):
-        eval_bench.interpolate(models[0], ce_clip.load_model("other/epoch_1.pt"), 0.5)
+        eval_bench.interpolate(models[0], ce_clip.load_model(TWO), 0.5)
 
 
-def test_a_partial_benchmark_has_no_average(here, monkeypatch, capsys, tmp_path):
-    for subset in eval_bench.sugarcrepe_columns(None)["macro"]:
-        items = {0: {"filename": "0.jpg", "caption": "a dog", "negative_caption": "a cat"}}
-        if subset == "swap_att":
-            items[1] = items[0] | {"filename": "gone.jpg"}
-        save_json(tmp_path / "sugarcrepe" / f"{subset}.json", items)
-    save_picture(tmp_path / "coco" / "val2017" / "0.jpg")
-    options = ["--ckpt", "tiny/epoch_1.pt", "--data-root", tmp_path, "--bench", "sugarcrepe"]
-    text = run(monkeypatch, capsys, *options)
-    found = tables(text)["SugarCrepe (Table 3), % - PARTIAL"]["tiny/epoch_1.pt"]
-    assert (found["SWAP"], found["macro"], found["micro"]) == ("partial",) * 3
-    assert found["REPLACE"] in ("0.0", "100.0")
-    with pytest.raises(BadInput, match="partial, for pictures or files are absent: SugarCrepe"):
-        run(monkeypatch, capsys, *options, "--strict")
+def test_a_partial_benchmark_has_no_average(score, tmp_path):
+    items = [{"filename": "0.jpg", "caption": "a dog", "negative_caption": "a cat"}]
+    for subset in SUBSETS[:-1]:
+        more = [items[0] | {"filename": "gone.jpg"}] if subset == "swap_att" else []
+        save(tmp_path / "sugarcrepe" / f"{subset}.json", items + more)
+    save(tmp_path / "coco" / "val2017" / "0.jpg", 0)
+    text, saved = score(f"--ckpt {ONE} --data-root {tmp_path} --bench sugarcrepe --out out")
+    row = saved["benchmarks"]["sugarcrepe"][ONE]
+    assert row["REPLACE"] in ((0, 3, 3, 0), (100, 3, 3, 0))
+    assert row["swap_att"] in ((0, 1, 2, 0), (100, 1, 2, 0))
+    assert (row["SWAP"], row["add_att"]) == ((None, 2, 3, 0), (None, 0, 0, 0))
+    assert row["macro"] == row["micro"] == (None, 6, 7, 0)
+    assert "## SugarCrepe (Table 3), % - PARTIAL\n" in text
+    assert f"Absent: {tmp_path}/sugarcrepe/add_att.json\n" in text
+    assert len(Path("out/items.jsonl").read_text().splitlines()) == 6
 
 
-def test_command_on_negatives_and_captions(here, monkeypatch, capsys):
-    record = {"id": 1, "image": "0.jpg", "caption": "a red dog", **dict.fromkeys(KINDS)}
-    lines = [record | {"object": "a red cat"}, record | {"image": "3.jpg", "object": "a red ball"}]
-    Path("n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_json(Path("c.json"), [{"image": f"{i}.jpg", "caption": ADJECTIVES[i]} for i in range(3)])
-    options = ["--ckpt", "tiny/epoch_1.pt", "--pairs", "n.jsonl", "--captions", "c.json"]
-    found = tables(run(monkeypatch, capsys, *options, "--images", "data/coco/val2017"))
-    rows = found["Negatives of n.jsonl, % - PARTIAL"]
-    assert rows["scored/all"] == {"object": "1/2", "mean": "1/2"}
-    assert rows["tiny/epoch_1.pt"]["object"] in ("0.0", "100.0")
-    rows = found["Retrieval, c.json, %"]
-    assert rows["scored/all"]["T2I R@1"] == "3/3"
-    assert rows["tiny/epoch_1.pt"]["T2I R@5"] == "100.0"
+def test_command_on_negatives_and_captions(score):
+    record = {"id": 1, "image": "0.jpg", "caption": "a red dog", "missing": ["action"]}
+    record |= dict.fromkeys(KINDS)
+    lines = [record | {"object": "a red cat"}, record | {"image": "9.jpg", "object": "a red cow"}]
+    lines.append(record | {"of my own": "a red cow", "box": [5, 3, 30, 40]})
+    save(Path("n.jsonl"), "\n".join(map(json.dumps, lines)))
+    save(Path("c.json"), [{"image": f"{i}.jpg", "caption": ADJECTIVES[i]} for i in range(3)])
+    options = f"--ckpt {ONE} --pairs n.jsonl --captions c.json --images data/coco/val2017 --out out"
+    results = score(options)[1]["benchmarks"]
+    counts = {kind: cell[1:3] for kind, cell in results["pairs"][ONE].items()}
+    assert counts == {"object": (1, 2), "of my own": (1, 1), "mean": (2, 3)}
+    assert results["pairs"][ONE]["mean"].value is None
+    assert results["captions"][ONE]["T2I R@5"] == (100, 3, 3, 0)
+    lines = Path("out/items.jsonl").read_text().splitlines()
+    assert [json.loads(line)["box"] for line in lines] == [None, [5, 3, 30, 40]]
 
 
-def test_zero_shot_equals_open_clips_own_way(here):
-    images = eval_bench.image_set(Path("data"), "resisc45_clip", False)
-    assert images.classes == ["class 0", "class 1"]
-    assert len(images.templates) == 80
-    both = scorer(one="tiny/epoch_1.pt", two="other/epoch_1.pt")
-    found = eval_bench.zero_shot(both, images, "x")
-    for row, (model, *_, transform, tokenizer) in both.models.items():
-        weights = open_clip.build_zero_shot_classifier(
-            model, tokenizer, images.classes, images.templates
-        )
-        batch = torch.stack([transform(picture) for picture, _ in images.base])
-        with torch.no_grad():
-            guess = (model.encode_image(batch, normalize=True) @ weights).argmax(1)
-        right = guess == tensor([target for _, target in images.base])
-        assert found[row] == Cell(pytest.approx(100 * right.float().mean().item()), 7, 7)
+def test_texts_in_the_order_of_their_similarity_to_a_picture(score):
+    picture = Path("data/coco/val2017/0.jpg")
+    text, _ = score(f"--ckpt {ONE} {TWO} --image {picture} --texts {' '.join(ADJECTIVES)}")
+    expected = []
+    for path in (ONE, TWO):
+        scorer = Scorer(ce_clip.load_model(path))
+        scorer.encode(items := [Item("", picture, a, a) for a in ADJECTIVES])
+        order = sorted(zip(scorer.scores(items)[:, 0].tolist(), ADJECTIVES), reverse=True)
+        expected += [path, *(f"  {cosine:.4f}  {a}" for cosine, a in order)]
+    assert text.splitlines() == expected
 
 
-def test_zero_shot_sets_that_are_absent_or_not_named(tmp_path):
-    folder = tmp_path / "zeroshot" / "imagenet-1k"
-    with pytest.raises(BadInput, match="test is absent"):
-        eval_bench.image_set(tmp_path, "imagenet-1k", False)
-    for i in range(2):
-        save_picture(folder / "test" / f"n0{i}" / "a.png", i)
-    with pytest.raises(BadInput, match="classes.txt must name 2 classes"):
-        eval_bench.image_set(tmp_path, "imagenet-1k", False)
-    (folder / "classes.txt").write_text("tench\ngoldfish\n")
-    (folder / "templates.txt").write_text("a {}.\n")
-    images = eval_bench.image_set(tmp_path, "imagenet-1k", False)
-    assert (images.classes, images.templates) == (["tench", "goldfish"], ["a {}."])
-    objects = [{"name": "cat", "difficult": "0"}, {"name": "dog", "difficult": "1"}]
-    voc = [(Image.new("RGB", (4, 4)), {"annotation": {"object": objects}})]
-    images = eval_bench.ImageSet(voc, eval_bench.VOC.split(), [], eval_bench.map_11_point)
-    target = images.load(0)[1]
-    assert (target.sum(), target[7], len(target)) == (1, True, 20)  # the cat
-    images = images._replace(base=[(Image.new("RGB", (4, 4)), None)])
-    with pytest.raises(BadInput, match="test picture 0 is not a picture with a label"):
-        images.load(0)
-    (folder / "templates.txt").write_text("")
-    with pytest.raises(BadInput, match="templates.txt is empty"):
-        eval_bench.image_set(tmp_path, "imagenet-1k", False)
+# ---- Zero-shot classification --------------------------------------------------------------------
 
 
-def test_a_zero_shot_set_with_a_bad_picture_is_a_note(here, monkeypatch, capsys, tmp_path):
-    for name in ("resisc45_clip", "eurosat_clip"):
-        for i in range(2):
-            save_picture(tmp_path / "zeroshot" / name / "test" / f"class_{i}" / "a.png", i)
-    bad = tmp_path / "zeroshot" / "eurosat_clip" / "test" / "class_1" / "a.png"
-    bad.write_bytes(b"no picture")
-    options = ["--ckpt", "tiny/epoch_1.pt", "--data-root", tmp_path, "--workers", 1]
-    text = run(monkeypatch, capsys, *options, "--bench", "zeroshot")
-    assert f"zero-shot eurosat_clip is not scored: cannot read {bad}: " in text
-    rows = tables(text)["Zero-shot classification, %"]
-    assert rows["scored/all"] == {"resisc45_clip": "2/2", "ELEVATER": "1/20"}
-    with pytest.raises(BadInput, match="zero-shot .* is not scored"):
-        run(monkeypatch, capsys, *options, "--bench", "zeroshot", "--strict")
+def save_shard(folder: Path, labels: list) -> Path:
+    """A webdataset as CLIP_benchmark exports it; labels are numbers, or rows of 0 and 1."""
+    save(folder / "classnames.txt", "river\nforest floor\nbeach\n")
+    save(folder / "zeroshot_classification_templates.txt", "a {c}.\na photo of a big {c}.")
+    save(folder / "test" / "nshards.txt", "1")
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for n, label in enumerate(labels):
+            save(folder / f"{n}.png", n)
+            if isinstance(label, list):
+                save(folder / "dataset_type.txt", "multilabel")
+                np.save(folder / f"{n}.npy", label)
+            else:
+                save(folder / f"{n}.cls", str(label))
+            for path in folder.glob(f"{n}.*"):
+                tar.add(path, path.name)
+    return folder
 
 
-def test_every_zero_shot_set_has_its_class_and_metric():
-    import torchvision
+def test_zero_shot_by_hand(score, monkeypatch, tmp_path):
+    pytest.importorskip("clip_benchmark")
+    calls = {}  # value of a metric -> (scores, targets)
+    for metric, value in (("accuracy", 0.25), ("mean_per_class", 0.5), ("map_11_point", 0.75)):
+        stub = lambda *a, value=value: calls.setdefault(value, a) and value  # noqa: E731
+        monkeypatch.setattr(eval_bench, metric, stub)
+    labels, rows = [n % 3 for n in range(7)], [[n % 2, 1, 0] for n in range(7)]
+    folder = save_shard(tmp_path / "zeroshot" / "resisc45", labels)
+    save_shard(tmp_path / "zeroshot" / "voc2007_multilabel", rows)
+    scorer = Scorer(loaded := ce_clip.load_model(ONE), batch_size=3)
+    found = eval_bench.zero_shot(scorer, data := Data(tmp_path))
+    assert (str(found["ELEVATER 19"]), len(data.absent)) == ("partial", 18)
+    assert [calls[value][1].tolist() for value in (0.25, 0.75)] == [labels, rows]
+    weights = []
+    with torch.no_grad():
+        for c in ("river", "forest floor", "beach"):
+            prompts = loaded.tokenizer([f"a {c}.", f"a photo of a big {c}."])
+            texts = loaded.model.encode_text(prompts, normalize=True)
+            weights.append(torch.nn.functional.normalize(texts.mean(0), dim=0))
+        pictures = [loaded.eval_transform(Image.open(folder / f"{n}.png")) for n in range(7)]
+        image = loaded.model.encode_image(torch.stack(pictures), normalize=True)
+    expected = (100 * image @ torch.stack(weights).T).softmax(1)
+    torch.testing.assert_close(calls[0.25][0], expected, rtol=0, atol=1e-4)
 
-    assert len(eval_bench.ZERO_SHOT) == 21
-    for kind, metric in eval_bench.ZERO_SHOT.values():
-        assert kind == "-" or hasattr(torchvision.datasets, kind)
-        assert callable(metric)
+    names = "cifar10 cifar100 country211 dtd eurosat fer2013 food101 gtsrb mnist pcam resisc45 cars"
+    names += " renderedsst2 kitti_closest_vehicle_distance imagenet1k"
+    expected = dict.fromkeys(names.split(), 25) | {"voc2007_multilabel": 75}
+    expected |= dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers", "pets"), 50)
+    for name in set(expected) - set(found):
+        (tmp_path / "zeroshot" / name).symlink_to(folder)
+    found = eval_bench.zero_shot(scorer, data := Data(tmp_path))
+    count, elevater = 19 * 7, found.pop("ELEVATER 19")
+    assert elevater == Cell(pytest.approx((14 * 25 + 4 * 50 + 75) / 19), count, count)
+    assert ({name: cell.value for name, cell in found.items()}, data.absent) == (expected, [])
 
 
-def test_examples_are_pictures_where_models_differ_first(here, monkeypatch, capsys):
-    options = ["--ckpt", "tiny/epoch_1.pt", "other/epoch_1.pt", "--data-root", "data"]
-    run(monkeypatch, capsys, *options, "--bench", "sugarcrepe", "--examples", "sheets")
-    with Image.open("sheets/sugarcrepe.png") as sheet:
-        assert sheet.height == 6 * 140
-        colors = {color for _, color in sheet.convert("RGB").getcolors(1 << 20)}
-    assert {(0x0A, 0x7D, 0x28), (0xB3, 0x26, 0x1E)} <= colors
-
-
-def test_figures(here, monkeypatch, capsys):
-    options = ["--ckpt", "tiny/epoch_1.pt", "--data-root", "data", "--bench", "aro", "coco"]
-    options += ["--base", "tiny/epoch_1.pt", "--wise", 0, 1, "--figures", "figures"]
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(BadInput, match="--figures needs matplotlib: pip install matplotlib"):
-            run(patch, capsys, *options)
-    pytest.importorskip("matplotlib")
-    terms = [f"threshold_{kind}" for kind in KINDS] + ["itc", "imc", "cmr"]
-    lines = [{"step": n, **{term: random.random() for term in terms}} for n in range(1, 9)]
-    Path("tiny/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run(monkeypatch, capsys, *options)
-    names = ["fig5-tiny-losses", "fig5-tiny-thresholds", "fig8-aro-gap", "fig8-aro-similarity"]
-    assert sorted(p.stem for p in Path("figures").iterdir()) == [*names, "wise"]
-    options[options.index("aro") : options.index("coco") + 1] = ["resisc45_clip"]
-    run(monkeypatch, capsys, *options, "--strict")  # no task of Table 5 is whole
-    for path in Path("figures").iterdir():
-        with Image.open(path) as figure:
-            assert len(figure.convert("RGB").getcolors(1 << 20)) > 10
+def test_a_zero_shot_set_that_cannot_be_read_is_named(score, monkeypatch, tmp_path):
+    save_shard(tmp_path / "zeroshot" / "eurosat", [0, 1])
+    save(tmp_path / "zeroshot" / "eurosat" / "test" / "0.tar", "no archive" * 99)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="pip install clip-ben"):
+        patch.setitem(sys.modules, "clip_benchmark", None)
+        eval_bench.zero_shot(None, Data(tmp_path))
+    pytest.importorskip("clip_benchmark")
+    with pytest.raises(BadInput, match="eurosat is not read by CLIP_benchmark .*ReadError"):
+        eval_bench.zero_shot(Scorer(ce_clip.load_model(ONE)), Data(tmp_path))
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
@@ -566,98 +529,80 @@ def test_figures(here, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ckpt", "none.pt", "--pairs", "n", "--images", "."], "cannot read n"),
-        (
-            ["--ckpt", "tiny/epoch_1.pt", "--data-root", "nowhere", "--bench", "sugarcrepe"],
-            "SugarCrepe (Table 3) is not scored: sugarcrepe/replace_obj.json and 6 more are absent."
-            " Get data/*.json of https://github.com/RAIVNLab/sugar-crepe (2 MB) in sugarcrepe/",
-        ),
-        ([], "no runs/toy"),
-        (
-            ["--ckpt", "data/coco/val2017/0.jpg", "--data-root", "data", "--bench", "sugarcrepe"],
-            "not a readable checkpoint",
-        ),
-        (
-            ["--ckpt", "no-such-tag", "--data-root", "data", "--bench", "sugarcrepe"],
-            "cannot load 'no-such-tag'",
-        ),
+        ("none.pt", "none.pt is no file, and names no weights of open_clip"),
+        (f"{ONE} none.pt --bench sugarcrepe", "none.pt is no file"),
+        (f"{ONE} --pairs none --images .", "none: No such file"),
+        (f"{ONE} --pairs bad.jsonl --images .", "bad.jsonl, line 2, is not a record of negatives"),
+        (f"{ONE} --pairs bad_picture.jsonl --images . --workers 1", "bad.png is not a picture: "),
+        (f"{ONE} --image none.jpg --texts a", "none.jpg: No such file"),
+        (f"{ONE} --data-root no", "nothing was scored"),
+        ("bad.png", "bad.png is not a checkpoint that can be read"),
+        (f"{ONE} --pairs n", "--pairs and --captions go together with --images"),
+        (f"{ONE} --images .", "--pairs and --captions go together with --images"),
+        (f"{ONE} --image a.jpg", "--image goes together with --texts"),
+        (f"{ONE} --wise 0.5", "--wise needs --base"),
     ],
 )
-def test_mistakes_are_one_line(here, monkeypatch, options, message):
-    monkeypatch.setattr(sys, "argv", ["eval_bench.py", *options])
-    with pytest.raises(BadInput) as e:
-        eval_bench.main()
-    assert message in str(e.value)
-    assert "\n" not in str(e.value)
+def test_mistakes_are_one_line(score, capsys, options, message):
+    save(Path("bad.png"), "no picture")
+    save(Path("bad_picture.jsonl"), '{"image": "bad.png", "caption": "a cat", "object": "a dog"}')
+    save(Path("bad.jsonl"), '{"image": "a", "caption": "a"}\n{"object": "a"}')
+    with pytest.raises(SystemExit) as e:
+        score(f"--ckpt {options}")
+    output = capsys.readouterr()
+    line = e.value.code if isinstance(e.value.code, str) else output.err.splitlines()[-1]
+    assert line.startswith("eval_bench.py: error: ")
+    assert message in line
+    assert "\n" not in line
+    if message == "nothing was scored":
+        assert output.out.count("is not scored: no/") == 6
+        assert "SugarCrepe (Table 3) is not scored: no/sugarcrepe/replace_obj.json is" in output.out
 
 
-def test_broken_weights_are_not_missing_pictures(here):
-    broken = scorer(one="tiny/epoch_1.pt")
-    torch.nn.init.constant_(broken.models["one"].model.text_projection, torch.nan)
-    with pytest.raises(BadInput, match="one gives features that are not finite"):
-        broken.encode(list(eval_bench.sugarcrepe_items(Files(Path("data")))))
+def test_broken_weights_and_a_bad_box_are_not_missing_pictures(score):
+    item = Item("", Path("data/aro/images/7.jpg"), "a dog", "a cat")
+    for tower in (lambda model: model.text_projection, lambda model: model.visual.proj):
+        loaded = ce_clip.load_model(ONE)
+        torch.nn.init.constant_(tower(loaded.model), torch.nan)
+        with pytest.raises(BadInput, match="features that are not finite"):
+            Scorer(loaded).encode([item])
+    with pytest.raises(BadInput, match=r"7.jpg is not a picture: .* the box \(50, 0, 60, 10\)"):
+        Scorer(loaded).encode([item._replace(box=(50, 0, 60, 10))])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"7": {"caption": "a"}}', "item 7, is not an item of this benchmark: KeyError"),
-        ('{"7": {"filename": "a", "caption": 3, "negative_caption": ""}}', "caption that is not"),
-        ("[1]", "item 0, is not an item"),
-        ("3", "is not a JSON list or object of items"),
-        ('{"7": ', "is not valid JSON"),
-    ],
-)
-def test_a_malformed_item_is_named(tmp_path, content, message):
-    (tmp_path / "sugarcrepe").mkdir()
-    (tmp_path / "sugarcrepe" / "replace_obj.json").write_text(content)
-    with pytest.raises(BadInput, match="replace_obj.json.*" + message):
-        list(eval_bench.sugarcrepe_items(Files(tmp_path)))
-
-
-def test_a_bad_picture_or_box_is_named(tmp_path):
-    save_picture(path := tmp_path / "a.png")
-    copy = Image.Image.copy
-    assert ce_clip.load_image(path, copy, (40, 30, 60, 50)).size == (20, 20)  # as ARO's own crop
-    for box in ((50, 0, 60, 10), (0, 40, 10, 60), (7, 3, 7, 9), (9, 3, 7, 9)):
-        with pytest.raises(BadInput, match=r"the picture .*a.png .* the box \(.*\) lies outside"):
-            ce_clip.load_image(path, copy, box)
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(BadInput, match="cannot read the picture .*a.png"):
-        ce_clip.load_image(path, copy)
-
-
-# ---- The real files, where they are at hand ------------------------------------------------------
-
-
-def counts(items) -> dict[str, int]:
-    return dict(Counter(item.group for item in items))
-
-
-@needs_shared
-def test_counts_of_the_real_files():
-    """PROTOCOLS.md 3.2 to 3.5."""
-    files, args = Files(SHARED), SimpleNamespace(vlc_rows=1000)
-    assert counts(eval_bench.sugarcrepe_items(files)) == {
-        **{"replace_obj": 1652, "replace_att": 788, "replace_rel": 1406},
-        **{"swap_obj": 245, "swap_att": 666, "add_obj": 2062, "add_att": 692},
+def test_a_malformed_item_is_named(tmp_path):
+    wrong = {
+        '{"7": {"caption": "a"}}': "replace_obj, item 7, is not an item of SugarCrepe: KeyError",
+        "[1]": "replace_obj, item 0, is not an item",
+        "3": "replace_obj.json is not a JSON list or object of items",
+        '{"7": ': "replace_obj.json is not",
     }
-    assert counts(eval_bench.valse_items(files, args)) == {
-        **{"existence": 505, "plurals": 851, "counting-hard": 868, "counting-small-quant": 900},
-        **{"counting-adversarial": 691, "relations": 535, "action-replacement": 648},
-        **{"actant-swap": 949, "coreference-standard": 708, "coreference-hard": 104},
-        **{"foil-it": 943},  # 7,702 of 8,782
-    }
-    assert not files.absent
-    found = counts(eval_bench.vlc_items(files, args))
-    assert len(found) == 18
-    assert found["Attribute/color/vg"] == found["Attribute/action/vaw"] == 1000
-    assert found["Attribute/state/vg"] == 941
-    assert len(files.absent) == 38
-    args.vlc_rows = 0
-    found = counts(eval_bench.vlc_items(files, args))
-    assert (found["Attribute/color/vg"], found["Relation/action/vg"]) == (11569, 12733)
-    coco = list(eval_bench.retrieval_items(files, args, "coco"))
-    assert (len(coco), len({item.image for item in coco})) == (25010, 5000)
+    for content, message in wrong.items():
+        save(tmp_path / "sugarcrepe" / "replace_obj.json", content)
+        with pytest.raises(BadInput, match=message):
+            eval_bench.sugarcrepe(None, Data(tmp_path))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
+def test_counts_of_the_real_files(monkeypatch, tmp_path):
+    """PROTOCOLS.md 3.1 to 3.5."""
+    data = Data(SHARED)
+    functions = [(eval_bench.sugarcrepe,), (eval_bench.valse,), (eval_bench.vlc, 1000)]
+    found = []
+    for function, *rows in (*functions, (eval_bench.vlc, 0)):
+        items, _ = items_of(monkeypatch, function, data, *rows)
+        found.append(Counter(item.group for item in items))
+    assert len(data.absent) == 2 * 38  # all of VL-CheckList
+    assert found[0] == dict(zip(SUBSETS, (1652, 788, 1406, 245, 666, 2062, 692)))
+    counts = (505, 851, 868, 900, 691, 535, 648, 949, 708, 104, 943)  # 7,702 of 8,782
+    assert found[1] == dict(zip(VALSE, counts))
+    assert len(found[2]) == 18
+    files = ("Attribute/color/vg", "Attribute/action/vaw", "Attribute/state/vg")
+    assert [found[2][file] for file in files] == [1000, 1000, 941]
+    assert (found[3]["Attribute/color/vg"], found[3]["Relation/action/vg"]) == (11569, 12733)
     first = SHARED / "aro" / "visual_genome_relation_first43.json"
-    assert len(json.loads(first.read_text())) == 43
+    save(tmp_path / "aro" / "visual_genome_relation.json", first.read_text())
+    assert len(items_of(monkeypatch, eval_bench.aro, Data(tmp_path))[0]) == 43
+    captions = Path("coco", "annotations", "coco_karpathy_test.json")
+    save(tmp_path / captions, (SHARED / captions).read_text())
+    assert eval_bench.coco(by_hand({}, {}), Data(tmp_path))["T2I R@5"][1:3] == (0, 25010)

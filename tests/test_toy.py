@@ -1,19 +1,25 @@
-"""toy.py: the world's truth, its files, its tokenizer; and the whole method on a small world."""
+"""toy.py: the world's truth and its files; toy.sh on a small world."""
 
 import json
+import os
 import random
 import subprocess
 import sys
 from collections import Counter
 
+import open_clip
 import pytest
 import torch
 from conftest import ROOT
 
 import negatives
 import toy
+from ce_clip import build_model
 from negatives import KINDS
 from toy import Scene
+
+SMALLER = "--batch-size 32 --log-every 1"
+HELD_OUT = {"swap phrases", "swap colors", "above/below", "add color", "add object"}
 
 CHASE = Scene("cat", "red", "chasing", "ball", "blue")
 ABOVE = Scene("cat", "red", "above", "ball", "blue")
@@ -66,7 +72,7 @@ def test_pairs_are_one_true_and_one_false_caption():
             assert toy.is_true(true, scene), (kind, true)
             # "and a blue tree" is beyond the grammar: it names an object that is not there
             assert toy.is_true(false, scene) in ((None,) if kind == "add object" else (False,))
-    assert set(kinds) == {*KINDS, *toy.HELD_OUT}
+    assert set(kinds) == {*KINDS, *HELD_OUT}
 
 
 def test_pictures_differ_by_everything_that_a_caption_names():
@@ -84,45 +90,80 @@ def test_pictures_differ_by_everything_that_a_caption_names():
     assert toy.draw_scene(CHASE, random.Random(0)).size == (64, 64)
 
 
-def test_tokens_pool_at_the_end(tmp_path):
-    tokens = toy.tokenize(["a red cat", "a dog"])
-    assert tokens.shape == (2, toy.CONTEXT)
-    assert tokens.argmax(1).tolist() == [4, 3]
-    assert tokens[1, 2] == toy.UNKNOWN
-    assert toy.MODEL["text_cfg"]["vocab_size"] == tokens.max() + 1
-    assert toy.tokenize("a " * 20)[0, -1] == toy.END
+def test_each_word_is_one_token_of_clip_and_fits_the_tiny_model(small):
+    words = [*toy.OBJECTS, *toy.COLORS, *toy.RELATIONS, "a", "is", "and"]
+    tokens = open_clip.get_tokenizer("ViT-B-32")(words)
+    assert tokens.argmax(1).tolist() == [2] * len(words)  # start, word, end (the highest id)
+    loaded = build_model(str(small / "data/toy/model.json"))
+    longest = "a red cat is riding a yellow fish and a black star"
+    tokens = loaded.tokenizer([longest])
+    assert tokens.shape == (1, 16) and tokens.argmax() == len(longest.split()) + 1
+    images = loaded.eval_transform(toy.draw_scene(CHASE, random.Random(0)))[None]
+    assert loaded.model.encode_image(images).shape == loaded.model.encode_text(tokens).shape
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A folder in which data/toy is a small world."""
+    """A folder in which data/toy is a small world with its negatives."""
     folder = tmp_path_factory.mktemp("small")
-    toy.make_world(folder / "data" / "toy", train=192, test=40)
+    data = folder / "data" / "toy"
+    toy.make_world(data, train=192, test=40)
+    negatives.generate(data / "captions_train.json", data / "negatives_train.jsonl", "ngram")
     return folder
 
 
 def test_world_is_in_coco_format_and_splits_share_no_scene(small, tmp_path):
     data = small / "data" / "toy"
     train, test = (json.loads((data / f"captions_{s}.json").read_text()) for s in ("train", "test"))
-    assert (len(train["images"]), len(test["images"])) == (192, 40)
+    assert (len(train["images"]), len(train["annotations"])) == (192, 2 * 192)
+    assert (len(test["images"]), len(test["annotations"])) == (40, 40)
     scenes = [{tuple(image["scene"]) for image in split["images"]} for split in (train, test)]
     assert not scenes[0] & scenes[1]
-    scene = {image["id"]: Scene(*image["scene"]) for image in train["images"]}
-    assert all(toy.is_true(a["caption"], scene[a["image_id"]]) for a in train["annotations"])
-    assert all((data / "images" / image["file_name"]).exists() for image in train["images"])
+    for split in (train, test):
+        scene = {image["id"]: Scene(*image["scene"]) for image in split["images"]}
+        for annotation in split["annotations"]:
+            text = annotation["caption"]
+            assert toy.is_true(text, scene[annotation["image_id"]])
+            assert split is train or sum(word in toy.COLORS for word in text.split()) == 2
+        assert all((data / "images" / image["file_name"]).exists() for image in split["images"])
     toy.make_world(tmp_path, train=192, test=40)
-    for path in ("captions_train.json", "captions_test.json", "images/00007.png"):
+    for path in ("captions_train.json", "negatives_test.jsonl", "images/00007.png"):
         assert (tmp_path / path).read_bytes() == (data / path).read_bytes()
+    toy.make_world(tmp_path, seed=1, train=192, test=40)
+    assert (tmp_path / "images/00007.png").read_bytes() != (data / "images/00007.png").read_bytes()
+
+
+def test_pairs_of_the_test_pictures_are_records_of_one_true_caption(small):
+    data = small / "data" / "toy"
+    images = json.loads((data / "captions_test.json").read_text())["images"]
+    scene = {image["file_name"]: Scene(*image["scene"]) for image in images}
+    lines = (data / "negatives_test.jsonl").read_text().splitlines()
+    records, found = [json.loads(line) for line in lines], Counter()
+    assert len({record["id"] for record in records}) == len(records) == 2 * 40
+    for record in records:
+        image, true = record["image"], record["caption"]
+        assert toy.is_true(true, scene[image])
+        for kind in record.keys() - {"id", "image", "caption"}:
+            found[kind] += 1
+            assert not toy.is_true(record[kind], scene[image])
+    assert set(found) == {*KINDS, *HELD_OUT}
+    assert found["action"] + found["above/below"] == found["relation"] == 40
+
+
+def test_a_complete_world_is_not_made_again(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(small / "data" / "toy")])
+    with pytest.raises(SystemExit) as stop:
+        negatives.run(toy.main)
+    assert "holds a world" in stop.value.code and "\n" not in stop.value.code
 
 
 def test_generated_negatives_are_false_for_the_picture(small):
     """The real generator, measured by the world's truth: next to nothing is still true."""
-    out = small / "negatives.jsonl"
-    negatives.generate(small / "data" / "toy" / "captions_train.json", out, "ngram")
-    scenes = json.loads((small / "data" / "toy" / "captions_train.json").read_text())["images"]
+    data = small / "data" / "toy"
+    scenes = json.loads((data / "captions_train.json").read_text())["images"]
     scene = {image["file_name"]: Scene(*image["scene"]) for image in scenes}
     truth, made = Counter(), Counter()
-    for line in out.read_text().splitlines():
+    for line in (data / "negatives_train.jsonl").read_text().splitlines():
         record = json.loads(line)
         for kind in KINDS:
             if record[kind]:
@@ -133,51 +174,38 @@ def test_generated_negatives_are_false_for_the_picture(small):
     assert all(made[kind] > 150 for kind in KINDS)
 
 
-def test_the_main_job_on_a_small_world(small):
-    """World, negatives, pre-training, three fine-tunings, table: two commands, nothing else."""
-    options = ["--batch-size", "32", "--epochs", "1"]
-    command = [sys.executable, ROOT / "ce_clip.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=small)
+def test_toy_sh_on_a_small_world(small):
+    """Every command of toy.sh after the world and the negatives, with one epoch each."""
+    script = (ROOT / "toy.sh").read_text().replace("--batch-size 64", SMALLER)
+    for epochs in "42":
+        script = script.replace(f"--epochs {epochs}", "--epochs 1")
+        script = script.replace(f"epoch_{epochs}.pt", "epoch_1.pt")
+    for name in ("ce_clip.py", "eval_bench.py"):
+        script = script.replace(name, str(ROOT / name))
+    command = ["bash", "-c", script, "toy.sh", "7"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, cwd=small, env=env)
     assert done.returncode == 0, done.stderr
-    assert (small / "data" / "toy" / "negatives_train.jsonl").exists()
-    first = {}
-    for run in ("toy-pretrained", "toy-itc", "toy-itc-hn", "toy"):
-        lines = (small / "runs" / run / "log.jsonl").read_text().splitlines()
-        first[run], last = json.loads(lines[0]), json.loads(lines[-1])
-        assert last["step"] == len(lines) > 10
-        saved = torch.load(small / "runs" / run / f"epoch_{last['epoch']}.pt", weights_only=True)
-        assert saved["model"] == "toy"
-    # the three start from the pre-trained weights, on the same batch
-    assert first["toy"]["itc"] == first["toy-itc-hn"]["itc"] > first["toy-itc"]["itc"]
 
-    done = subprocess.run(
-        [sys.executable, ROOT / "eval_bench.py"], capture_output=True, text=True, cwd=small
-    )
-    assert done.returncode == 0, done.stderr
-    header, _, *rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    columns = [cell.strip() for cell in header.strip("|").split("|")]
-    assert set(columns) > {*KINDS, *toy.HELD_OUT, "I2T R@1", "T2I R@1"}
-    names = [row.strip("|").split("|")[0].strip() for row in rows]
-    assert names == [
-        "pre-trained",
-        "CLIP-FT (Eq. 1)",
-        "NegCLIP's loss (Eq. 2)",
-        "CE-CLIP (Eq. 8)",
-        "scored/all",
-    ]
-    one = [sys.executable, ROOT / "eval_bench.py", "--ckpt", "runs/toy/epoch_1.pt"]
-    done = subprocess.run(one, capture_output=True, text=True, cwd=small)
-    assert "| runs/toy/epoch_1.pt" in done.stdout
+    runs, first = small / "runs" / "toy-7", {}
+    for name in ("pretrained", "itc", "itc-hn", "ce-clip"):
+        lines = (runs / name / "log.jsonl").read_text().splitlines()
+        first[name] = json.loads(lines[0])
+        config = json.loads((runs / name / "config.json").read_text())
+        assert (config["seed"], config["batch_size"], config["epochs"]) == (7, 32, 1)
+        assert torch.load(runs / name / "epoch_1.pt", weights_only=True)["config"] == toy.MODEL
+    # the three start from the pre-trained weights, on the same batch; Eq. 2 has more to tell apart
+    assert first["pretrained"]["itc"] > first["itc"]["itc"]
+    assert first["ce-clip"]["itc"] == first["itc-hn"]["itc"] > first["itc"]["itc"]
 
-
-def test_the_sheet_shows_what_was_generated(small, tmp_path):
-    negatives.generate(
-        small / "data" / "toy" / "captions_train.json",
-        small / "data" / "toy" / "negatives_train.jsonl",
-        "ngram",
-        overwrite=True,
-    )
-    command = [sys.executable, ROOT / "toy.py", "--data", small / "data" / "toy", "--out"]
-    done = subprocess.run([*command, tmp_path / "x.png"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "x.png").stat().st_size > 10_000
+    results = json.loads((runs / "results" / "results.json").read_text())
+    pairs, recall = (results["benchmarks"][name] for name in ("pairs", "captions"))
+    rows = [f"runs/toy-7/{name}/epoch_1.pt" for name in first]
+    assert list(pairs) == list(recall) == rows
+    for row in rows:
+        assert set(pairs[row]) == {*KINDS, *HELD_OUT, "mean"}
+        assert pairs[row]["relation"]["total"] == recall[row]["I2T R@1"]["total"] == 40
+    assert "I2T R@1" in done.stdout

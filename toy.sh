@@ -1,0 +1,24 @@
+#!/bin/bash
+# The paper's claim in minutes on a laptop's CPU: Eq. 1, Eq. 2 and Eq. 8 from one pre-trained model.
+#
+#     bash toy.sh [SEED]        # world and negatives in data/toy, runs and tables in runs/toy-SEED
+set -e
+SEED=${1:-42}
+OUT=runs/toy-$SEED
+WORLD="--data data/toy/negatives_train.jsonl --images data/toy/images --model data/toy/model.json"
+
+[ -e data/toy/captions_train.json ] || python toy.py --out data/toy
+[ -e data/toy/negatives_train.jsonl ] || python negatives.py \
+    --captions data/toy/captions_train.json --out data/toy/negatives_train.jsonl --filler ngram
+
+# pre-training with Eq. 1, then the same short fine-tuning with each loss
+TRAIN="python ce_clip.py $WORLD --batch-size 64 --workers 1 --seed $SEED --resume"
+$TRAIN --pretrained none --losses itc --epochs 4 --lr 7e-4 --out $OUT/pretrained
+TUNE="$TRAIN --pretrained $OUT/pretrained/epoch_4.pt --epochs 2 --lr 2e-3"
+$TUNE --losses itc --out $OUT/itc
+$TUNE --losses itc,hn --out $OUT/itc-hn
+$TUNE --losses itc,hn,imc,cmr --out $OUT/ce-clip
+
+python eval_bench.py --pairs data/toy/negatives_test.jsonl --captions data/toy/captions_test.json \
+    --images data/toy/images --out $OUT/results --ckpt $OUT/pretrained/epoch_4.pt \
+    $OUT/itc/epoch_2.pt $OUT/itc-hn/epoch_2.pt $OUT/ce-clip/epoch_2.pt

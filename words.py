@@ -1,0 +1,149 @@
+"""The word lists of negatives.py, as plain data: hand-made from the commonest words of COCO and
+Flickr8k. All of them are lemmas; one group of words a line."""
+
+from functools import cache
+
+# The words of a group may be true of one and the same thing.
+SYNONYMS = [
+    "cat kitten",
+    "horse pony",
+    "cow bull cattle ox calf",
+    "bike bicycle cycle",
+    "motorcycle motorbike bike scooter moped",
+    "car automobile",
+    "truck van pickup",
+    "plane airplane jet aircraft airliner",
+    "boat ship sailboat canoe kayak raft vessel",
+    "street road avenue lane highway path pavement sidewalk",
+    "path trail track dirt",
+    "house home",
+    "bathroom restroom",
+    "table desk counter",
+    "sofa couch chair seat bench",
+    "plate dish platter tray",
+    "cup mug glass",
+    "picture photo photograph image portrait view shot camera",
+    "marking spot",
+    "grass field lawn yard park meadow pasture ground",
+    "ground floor dirt sand",
+    "beach sand shore coast ocean sea",
+    "water ocean sea lake river pool pond stream wave waterhole",
+    "arm hand",
+    "shoe boot sneaker",
+    "hill mountain slope cliff rock",
+    "hill slope trail track ramp",
+    "forest wood tree bush",
+    "snow ice",
+    "shirt jacket coat top sweater",
+    "track racetrack",
+    "hat cap helmet",
+    "ball football basketball baseball soccer tennis frisbee",
+    "game match",
+    "big large huge giant tall long",
+    "small little tiny short young",
+    "old elderly older",
+    "dark black",
+    "light white bright",
+    "tan golden yellow blond blonde",
+    "tan brown",
+    "gray grey silver",
+    "snowy white cold",
+    "grassy green",
+    "wooden brown",
+    "rocky stony",
+    "look watch stare staring gaze see",
+    "stand pose wait lean",
+    "sit rest relax lie lay sleep",
+    "crouch kneel squat",
+    "ride surf skate ski slide race glide",
+    "run race chase play jump leap move",
+    "walk stroll move run hike jog",
+    "hold carry catch retrieve bring",
+    "ride drive travel",
+    "jump leap hop fly dive",
+    "step walk climb",
+    "ascend climb cross",
+    "stick hang attach",
+    "dock park sit",
+    "play compete fight wrestle splash dig hug tackle chase kick",
+    "extend raise put swing",
+    "dress wrap",
+    "hold carry wear",
+    "eat chew",
+    "talk speak chat",
+    "smile laugh pose",
+    "fill cover",
+]
+
+PERSONS = "person people adult human someone child kid youth teenager teen toddler baby"
+RIDERS = "player rider biker bicyclist cyclist motorcyclist racer jockey driver"
+ATHLETES = "skier snowboarder surfer skater skateboarder rollerblader climber hiker runner swimmer"
+ROLES = "wrestler worker officer performer dancer singer musician athlete friend family team crowd"
+CLOTHES = "shirt jacket coat top sweater shorts pants dress"
+EVERYBODY = f"{RIDERS} {ATHLETES} {ROLES}"
+
+# (names, kinds): each of the names may be true of what one of the kinds is true of.
+HYPERNYMS = [
+    (f"man guy male gentleman fellow boy {PERSONS}", EVERYBODY),
+    (f"woman lady girl female {PERSONS}", f"{EVERYBODY} schoolgirl blond blonde brunette"),
+    ("animal creature pet", "dog cat horse cow sheep goat bird elephant bear zebra giraffe monkey"),
+    ("dog puppy hound", "doberman greyhound terrier collie retriever poodle labrador shepherd"),
+    ("vehicle", "car bus truck van train motorcycle bike bicycle scooter"),
+    ("building structure", "house tower church home shop store barn"),
+    ("room", "kitchen bathroom bedroom office"),
+    ("food meal dish snack", "pizza sandwich burger salad cake fruit vegetable meat bread"),
+    ("fruit", "apple orange banana"),
+    ("clothes clothing outfit gear suit uniform", CLOTHES),
+    ("toy", "ball frisbee"),
+    ("colorful colourful colored bright", "red orange yellow green blue purple pink"),
+]
+
+COLORS = "red orange yellow green blue purple pink brown black white gray grey tan silver golden"
+POSTURES = "stand sit lie lay sleep kneel crouch squat lean rest pose"
+MOVES = "walk stroll jog run jump leap hop swim dive fly ride climb crawl slide skate ski surf"
+
+# Of the words of a group one at most is true of a thing; a word of another group may be true too.
+CONTRAST = {
+    "attribute": [
+        f"{COLORS} blond blonde",
+        "big large huge small tiny little tall short long",
+        "young old elderly",
+    ],
+    "action": [
+        f"{POSTURES} {MOVES} dance fall swing float race hike drive",
+        "hold carry throw kick hit wear eat drink push pull drop wash read cut cook",
+    ],
+}
+CONTRAST = {kind: [set(group.split()) for group in groups] for kind, groups in CONTRAST.items()}
+
+# Too vague to make a caption false, or no object: neither masked, nor filled in, nor moved.
+WEAK = set(
+    """
+front top side back bottom middle center centre end edge corner part couple group bunch lot pair row
+number set variety kind type sort piece bit way time day background foreground thing item object
+area place scene air distance
+other same different various several many few more most some such own multiple single next last good
+nice great beautiful pretty lovely cute interesting real main whole entire available ready able
+similar
+be have do get go take make use show see seem appear contain include feature come let keep help try
+""".split()
+)
+
+# What joins two nouns both ways, and what may stand beside it: "a dog sits next to the cat".
+BOTH_WAYS = set("and or & , next beside near with by between alongside close together".split())
+GLUE = set("to be stand sit lie pose play talk walk a an the some his her its their".split())
+
+
+@cache
+def may_also_be(word: str) -> frozenset[str]:
+    """The other words that may be true of what `word` is true of, by SYNONYMS and HYPERNYMS."""
+    found = set()
+    for group in SYNONYMS:
+        if word in group.split():
+            found.update(group.split())
+    for names, kinds in HYPERNYMS:
+        if word in names.split():
+            found.update(names.split(), kinds.split())
+        elif word in kinds.split():
+            found.update(names.split())
+    return frozenset(found - {word})
