@@ -280,7 +280,7 @@ def build_model(
         name = twin if open_clip.get_model_config(twin) else name
     if open_clip.get_model_config(name) is None:
         raise BadInput(f"open_clip has no model {name!r} (a config file must end in .json)")
-    with naming(f"{name} {tag or ''}", "a model that open_clip can build"):
+    with naming(f"{name} {tag or ''}".strip(), "a model that open_clip can build"):
         parts = open_clip.create_model_and_transforms(name, pretrained=tag, **(preprocess or {}))
         tokenizer = open_clip.get_tokenizer(name)
     return Loaded(parts[0], name, open_clip.get_model_config(name), *parts[1:], tokenizer)
@@ -364,8 +364,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
             "attn_mask": model.attn_mask[:longest, :longest],
         }
         captions = tokens[rows, :longest].to(device, non_blocking=True)
-        _, text, _ = torch.func.functional_call(model, shorter, (None, captions))
-        features.append(text)
+        features.append(torch.func.functional_call(model, shorter, (None, captions))[1])
     return torch.cat(features)[order.argsort().to(device, non_blocking=True)]
 
 
@@ -595,8 +594,9 @@ def last_state(out: Path, settings: dict) -> dict | None:
             state = torch.load(path, map_location="cpu", weights_only=True)
             begun = state["settings"]
         except Exception as e:
-            tqdm.write(f"{path} is damaged, passed over: {e}")
-            os.replace(path, path.with_suffix(".damaged"))
+            tqdm.write(f"{path} is damaged, passed over: {' '.join(str(e).split())[:200]}")
+            if rank() == 0:
+                os.replace(path, path.with_suffix(".damaged"))
             continue
         compared = [key for key in settings if key not in FREE]
         differ = [f"{key} {begun.get(key)}" for key in compared if begun.get(key) != settings[key]]
@@ -610,7 +610,10 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
     """(Loaded, optimizer, threshold, steps done) at the start of a run, or where it was left."""
     out = Path(args.out)
     state = last_state(out, settings) if args.resume else None
-    if state is None and any(out.glob("*.pt")):
+    there = [path.name for path in out.glob("*.pt")]
+    # a run that was killed between its first checkpoint and its first state begins again
+    killed_early = args.resume and there == ["epoch_1.pt"] and (out / "log.jsonl").exists()
+    if state is None and there and not killed_early:
         raise BadInput(
             f"{out} holds checkpoints: --resume goes on with a run, or give another --out"
         )
@@ -671,58 +674,59 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    bar = tqdm(total=total, initial=start, desc=str(out), unit="step", disable=rank() > 0)
-    clock = time.perf_counter()
-    for step, (images, tokens, valid) in enumerate(batches, start + 1):
-        lr = args.lr * lr_factor(step - 1, args.warmup, total, args.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(hash((args.seed, step, rank())) % 2**63)  # dropout; resumed as it was
+    clock, logged = time.perf_counter(), start
+    with tqdm(total=total, initial=start, desc=str(out), unit="step", disable=rank() > 0) as bar:
+        for step, (images, tokens, valid) in enumerate(batches, start + 1):
+            lr = args.lr * lr_factor(step - 1, args.warmup, total, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(hash((args.seed, step, rank())) % 2**63)  # dropout; resumed as it was
 
-        image, text, scale, itm = encoder(images.to(device, non_blocking=True), tokens, valid)
-        image, text, valid = gather(image), gather(text), gather(valid.to(device))
-        sim, sim_neg, text_neg = similarities(image, text, scale)  # S(I,T), S(I,T_k), S(T,T_k)
-        loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta)
-        if "imc_released" in used:  # in place of Eq. 3
-            every = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])  # (B, B, K)
-            terms["imc"] = imc_loss_released(every, valid)
-            loss = loss + args.alpha * terms["imc"]
-        terms["itm"] = gather(itm).mean()  # each process has drawn its own pairs
-        loss = loss + terms["itm"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.logit_scale.data.clamp_(0, math.log(100))  # [CLIP, authors' code]
+            image, text, scale, itm = encoder(images.to(device, non_blocking=True), tokens, valid)
+            image, text, valid = gather(image), gather(text), gather(valid.to(device))
+            sim, sim_neg, text_neg = similarities(image, text, scale)  # S(I,T), S(I,T_k), S(T,T_k)
+            loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta)
+            if "imc_released" in used:  # in place of Eq. 3
+                every = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])  # (B, B, K)
+                terms["imc"] = imc_loss_released(every, valid)
+                loss = loss + args.alpha * terms["imc"]
+            terms["itm"] = gather(itm).mean()  # each process has drawn its own pairs
+            loss = loss + terms["itm"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.logit_scale.data.clamp_(0, math.log(100))  # [CLIP, authors' code]
 
-        epoch_ends = step % epoch_steps == 0
-        save = epoch_ends or step % args.save_every == 0
-        if save or step % args.log_every == 0:  # looking at a value costs a device sync
-            line = {"step": step, "epoch": math.ceil(step / epoch_steps), "lr": lr}
-            line.update(loss=loss.item(), logit_scale=scale.item())
-            line.update({name: term.item() for name, term in terms.items()})
-            line.update({f"threshold_{kind}": th.item() for kind, th in zip(kinds, threshold)})
-            if not math.isfinite(line["loss"]):
-                raise BadInput(f"the loss is not finite: {json.dumps(line)}")
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line["pairs_per_s"] = (step - bar.n) * args.batch_size / seconds
-            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-            bar.update(step - bar.n)
-            if rank() == 0:
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-        if args.threshold is None:  # Eq. 5 and 7, for the next step
-            pos, neg = own_pairs(sim, sim_neg)
-            threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
-        if save and rank() == 0:
-            if epoch_ends:
-                save_checkpoint(
-                    out / f"epoch_{step // epoch_steps}.pt", loaded, threshold=threshold
-                )
-            if (out / "last.pt").exists():
-                os.replace(out / "last.pt", out / "previous.pt")
-            now = {"step": step, "threshold": threshold, "optimizer": optimizer.state_dict()}
-            save_checkpoint(out / "last.pt", loaded, settings=settings, **now)
-            clock = time.perf_counter()
+            epoch_ends = step % epoch_steps == 0
+            save = epoch_ends or step % args.save_every == 0
+            if save or step % args.log_every == 0:  # looking at a value costs a device sync
+                line = {"step": step, "epoch": math.ceil(step / epoch_steps), "lr": lr}
+                line.update(loss=loss.item(), logit_scale=scale.item())
+                line.update({name: term.item() for name, term in terms.items()})
+                line.update({f"threshold_{kind}": th.item() for kind, th in zip(kinds, threshold)})
+                if not math.isfinite(line["loss"]):
+                    raise BadInput(f"the loss is not finite: {json.dumps(line)}")
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                line["pairs_per_s"] = (step - logged) * args.batch_size / seconds
+                bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+                bar.update(step - logged)
+                logged = step
+                if rank() == 0:
+                    with open(out / "log.jsonl", "a") as log:
+                        log.write(json.dumps(line) + "\n")
+            if args.threshold is None:  # Eq. 5 and 7, for the next step
+                pos, neg = own_pairs(sim, sim_neg)
+                threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
+            if save and rank() == 0:
+                if epoch_ends:
+                    save_checkpoint(
+                        out / f"epoch_{step // epoch_steps}.pt", loaded, threshold=threshold
+                    )
+                if (out / "last.pt").exists():
+                    os.replace(out / "last.pt", out / "previous.pt")
+                now = {"step": step, "threshold": threshold, "optimizer": optimizer.state_dict()}
+                save_checkpoint(out / "last.pt", loaded, settings=settings, **now)
+                clock = time.perf_counter()
 
 
 # ---- Command line --------------------------------------------------------------------------------

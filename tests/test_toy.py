@@ -45,16 +45,13 @@ def test_truth(text, scene, truth):
     assert toy.is_true(text, scene) is truth
 
 
-def random_scene(rng):
-    (s, o), (sc, oc) = rng.sample(toy.OBJECTS, 2), rng.sample(list(toy.COLORS), 2)
-    return Scene(s, sc, rng.choice(toy.RELATIONS), o, oc)
-
-
 def test_captions_are_true_and_name_colors_at_the_stated_rate():
     rng = random.Random(0)
     captions = []
     for _ in range(2000):
-        scene = random_scene(rng)
+        objects, colors = rng.sample(toy.OBJECTS, 2), rng.sample(list(toy.COLORS), 2)
+        relation = rng.choice(toy.RELATIONS)
+        scene = Scene(objects[0], colors[0], relation, objects[1], colors[1])
         captions.append(toy.caption(scene, rng))
         assert toy.is_true(captions[-1], scene)
     single = sum(" is " not in c for c in captions)
@@ -63,27 +60,10 @@ def test_captions_are_true_and_name_colors_at_the_stated_rate():
     assert colors / (2 * 2000 - single) == pytest.approx(toy.P_COLOR, abs=0.02)
 
 
-def test_pairs_are_one_true_and_one_false_caption():
-    rng, kinds = random.Random(1), Counter()
-    for _ in range(300):
-        scene = random_scene(rng)
-        for kind, true, false in toy.true_false_pairs(scene, rng):
-            kinds[kind] += 1
-            assert toy.is_true(true, scene), (kind, true)
-            # "and a blue tree" is beyond the grammar: it names an object that is not there
-            assert toy.is_true(false, scene) in ((None,) if kind == "add object" else (False,))
-    assert set(kinds) == {*KINDS, *HELD_OUT}
-
-
 def test_pictures_differ_by_everything_that_a_caption_names():
     picture = lambda scene: toy.draw_scene(scene, random.Random(3)).tobytes()  # noqa: E731
-    changes = {
-        "subject": "fish",
-        "subject_color": "pink",
-        "object": "tree",
-        "object_color": "white",
-    }
-    scenes = [CHASE, *(CHASE._replace(**{k: v}) for k, v in changes.items())]
+    scenes = [CHASE, CHASE._replace(subject="fish"), CHASE._replace(object="tree")]
+    scenes += [CHASE._replace(subject_color="pink"), CHASE._replace(object_color="white")]
     scenes += [CHASE._replace(relation=r) for r in toy.RELATIONS if r != "chasing"]
     assert len({picture(scene) for scene in scenes}) == len(scenes)
     assert picture(CHASE) == picture(CHASE)
@@ -145,7 +125,9 @@ def test_pairs_of_the_test_pictures_are_records_of_one_true_caption(small):
         assert toy.is_true(true, scene[image])
         for kind in record.keys() - {"id", "image", "caption"}:
             found[kind] += 1
-            assert not toy.is_true(record[kind], scene[image])
+            # "and a blue tree" is beyond the grammar: it names an object that is not there
+            truth = toy.is_true(record[kind], scene[image])
+            assert truth is (None if kind == "add object" else False), record
     assert set(found) == {*KINDS, *HELD_OUT}
     assert found["action"] + found["above/below"] == found["relation"] == 40
 
