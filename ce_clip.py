@@ -622,6 +622,8 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         loaded = build_model(args.model)
     else:
         loaded = load_model(args.pretrained, args.model)
+    if args.no_augmentation:
+        loaded = loaded._replace(train_transform=loaded.eval_transform)
     model = loaded.model.to(device).train()
     if hasattr(model, "itm_head") and (args.micro_batch or args.lock_image):
         raise BadInput("--micro-batch and --lock-image are not for an X-VLM")
@@ -741,6 +743,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", nargs="+", default=["coco"], help=f"{', '.join(DATA)}, or .jsonl of negatives.py")
     add("--images", nargs="+", default=[], help="picture folder of each .jsonl, or one for all")
     add("--data-root", default="data", help="where the named data lie [ours]")
+    add("--no-augmentation", action="store_true", help="pictures as in evaluation [for toy.sh]")
     add("--workers", type=int, default=4, help="loader processes [authors' code: 0]")
     add("--model", default=DEFAULT_MODEL, help="open_clip's, xvlm, or a .json [Sec. 4.1]")
     add("--pretrained", default="openai", help="open_clip tag, file, or none [Sec. 4.1]")

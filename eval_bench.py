@@ -136,7 +136,7 @@ class Scorer:
         """Pictures that are there, and texts; with `itm` an X-VLM also matches the two."""
         captions = defaultdict(list)  # of each picture
         for item in items:
-            if os.path.exists(item.image):
+            if os.path.isfile(item.image):
                 captions[item.picture] += [item.positive, item.negative]
         self.encode_pictures(list(captions), captions if itm else {})
         self.encode_texts([text for texts in captions.values() for text in texts])
@@ -171,6 +171,9 @@ class Scorer:
         new = [text for text in dict.fromkeys(texts) if text not in self.texts]
         if not new:
             return
+        for text in new:
+            if not isinstance(text, str):
+                raise BadInput(f"a caption of a benchmark is not text: {text!r}")
         tokens = self.tokenizer(new)
         order = (tokens != 0).sum(1).argsort(stable=True)
         batches = order.split(4 * self.batch_size)
@@ -191,7 +194,8 @@ class Scorer:
             row = torch.full((2,), nan)
             if item.picture in self.images:
                 texts = (item.positive, item.negative)
-                row = torch.stack([self.texts[t] for t in texts]) @ self.images[item.picture]
+                # one by one: equal captions must have equal scores to the bit, for a tie is wrong
+                row = torch.stack([self.texts[t] @ self.images[item.picture] for t in texts])
                 if itm and self.matches:
                     row = row + torch.tensor([self.matches[item.picture, t] for t in texts])
             found.append(row[None])
@@ -460,7 +464,7 @@ def pairs(scorer: Scorer, path: Path, images: Path) -> dict[str, Cell]:
             record = json.loads(line)
             box = record.get("box") and tuple(record["box"])
             for kind, text in record.items():
-                if text and kind not in ("id", "image", "caption", "box", "missing"):
+                if isinstance(text, str) and kind not in ("id", "image", "caption"):
                     image = images / record["image"]
                     items.append(Item(kind, image, record["caption"], text, box))
     groups = accuracies(scorer, items)
@@ -520,6 +524,7 @@ def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
     scores, targets = [], []
     for batch, target in tqdm(DataLoader(images, scorer.batch_size), folder.name, leave=False):
         features = scorer.model.encode_image(batch.to(scorer.device), normalize=True)
+        features = scorer.finite(features)
         scores.append((100 * features @ weights).softmax(1).float().cpu())
         targets.append(target)
     scores, targets = torch.cat(scores), torch.cat(targets)

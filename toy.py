@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from negatives import BadInput, naming, run
 
@@ -41,14 +43,6 @@ OVERSAMPLING = 3  # drawn larger, then reduced: smooth edges
 CAPTIONS_PER_SCENE = 2
 P_COLOR = 0.5  # an object's colour is named
 P_SINGLE = 0.12  # the caption names one object only, so that missing negatives occur
-
-MODEL = {  # open_clip's config of the tiny CLIP; its tokenizer is CLIP's, of 49,408 tokens
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": PIXELS, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    "init_logit_scale": math.log(50),
-}
-
 
 # ---- Objects: shapes in units of the object's half-width, from its centre; y grows downwards -----
 
@@ -290,6 +284,48 @@ def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, st
     yield "add object", full, f"{full} and {noun_phrase(color, noun)}"
 
 
+# One token a word, for CLIP's 49,408 would be most of a tiny model. The end has the highest number,
+# because open_clip pools the text features there.
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "a",
+    "an",
+    "and",
+    "is",
+    *OBJECTS,
+    *COLORS,
+    *RELATIONS,
+    "[START]",
+    "[END]",
+]
+TOKENS = {word: number for number, word in enumerate(WORDS)}
+MODEL = {  # open_clip's config of the tiny CLIP
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": PIXELS, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": len(WORDS),
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
+    },
+    "init_logit_scale": math.log(50),
+}
+
+
+def save_model_config(folder: Path) -> None:
+    """Write model.json and the tokenizer that it names, a folder of transformers."""
+    words = Tokenizer(models.WordLevel(TOKENS, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("[START]", TOKENS["[START]"]), ("[END]", TOKENS["[END]"])]
+    words.post_processor = processors.TemplateProcessing("[START] $A [END]", special_tokens=ends)
+    saved = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    saved.save_pretrained(folder / "tokenizer")
+    text = MODEL["text_cfg"] | {"hf_tokenizer_name": str(folder / "tokenizer")}
+    (folder / "model.json").write_text(json.dumps(MODEL | {"text_cfg": text}, indent=1))
+
+
 # ---- The world on disk ---------------------------------------------------------------------------
 
 
@@ -300,7 +336,7 @@ def make_world(folder: Path, seed: int = 0, train: int = 8192, test: int = 1000)
     captions_train.json   COCO format, an image with its "scene"; with this file all is there
     captions_test.json    the same, with one full description a picture, for retrieval
     negatives_test.jsonl  the true and false pairs of test pictures, in the format of negatives.py
-    model.json            MODEL
+    model.json            MODEL, and the folder of its tokenizer
 
     Train and test share no scene (but "A above B" and "B below A" are two scenes that look the
     same: 24 of the 1,000 test scenes of seed 0 have such a twin in train).
@@ -319,7 +355,7 @@ def make_world(folder: Path, seed: int = 0, train: int = 8192, test: int = 1000)
         draw_scene(scene, rng).save(folder / "images" / image["file_name"], compress_level=1)
         captions = [caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE)]
         entries.append((image, captions if i < train else [describe(scene)]))
-    (folder / "model.json").write_text(json.dumps(MODEL, indent=1))
+    save_model_config(folder)
     test_images = [image for image, _ in entries[train:]]
     lines = [json.dumps(r) + "\n" for image in test_images for r in pair_records(image)]
     (folder / "negatives_test.jsonl").write_text("".join(lines))

@@ -55,12 +55,16 @@ def save(path: Path, content) -> Path:
 
 def items_of(monkeypatch, function, data: Data, *rows) -> tuple[list[Item], set[bool]]:
     """What a benchmark hands to accuracies: its items, and whether an X-VLM matches them."""
-    calls = []
-    stub = lambda scorer, items, itm=False: calls.append((items, itm))  # noqa: E731
-    groups = defaultdict(lambda: Cell(math.nan))
-    monkeypatch.setattr(eval_bench, "accuracies", lambda *a, **k: stub(*a, **k) or groups)
+    items, matched = [], set()
+
+    def accuracies(scorer, more, itm=False):
+        items.extend(more)
+        matched.add(itm)
+        return defaultdict(lambda: Cell(math.nan))
+
+    monkeypatch.setattr(eval_bench, "accuracies", accuracies)
     function(None, data, *rows)
-    return [item for items, _ in calls for item in items], {itm for _, itm in calls}
+    return items, matched
 
 
 def by_hand(texts: dict[str, list[float]], images: dict[str, list[float]]) -> Scorer:
@@ -140,6 +144,9 @@ def test_averages_are_defined_as_the_papers(place, monkeypatch):
     cells = {file: Cell(values.get(file.split("/")[-1], 0), 1, 1) for file in VLC}
     cells["Object/Location/center/hake"] = Cell(0, 1, 1)
     assert averages("vlc", cells)["Object location"].value == (15 + 45 + 45) / 3
+    cells = dict.fromkeys(SUBSETS, Cell(0, 1, 1)) | {"add_att": Cell(70, 4, 4)}
+    found = averages("sugarcrepe", cells)
+    assert (found["macro"].value, found["micro"].value) == (70 / 7, 70 * 4 / 10)
 
 
 def test_table_5():
@@ -212,9 +219,11 @@ def test_metrics_of_elevater_by_hand():
     # class 2 does not occur: without it 0 of (0, 0) are right twice, 1 of (1, 1) once
     assert eval_bench.mean_per_class(scores, target) == (1 + 0.5) / 2
     assert eval_bench.mean_per_class(scores[1:], target[1:]) == (1 + 0.5) / 2  # not 2 of 3
-    # precision 1 at recall 1/2, 2/3 at recall 1 (.2 is a tie): 6 levels of 1, 5 of 2/3
-    hits = torch.stack([target < 0, target == 1, target < 0], 1)
-    assert eval_bench.map_11_point(scores, hits) == pytest.approx((6 + 5 * 2 / 3) / 11)
+    # class 1: precision 1 at recall 1/2, 2/3 at recall 1 (.2 is a tie): 6 levels of 1, 5 of 2/3
+    # class 0: 1/3 at recall 1/2, 1/2 at recall 1: level 0 is 1, 10 of 1/2; class 2: no picture
+    hits = torch.stack([target == 1, target == 1, target < 0], 1)
+    expected = ((6 + 5 * 2 / 3) / 11 + (1 + 10 / 2) / 11) / 2
+    assert eval_bench.map_11_point(scores, hits) == pytest.approx(expected)
 
 
 # ---- Small checkpoints and small benchmark folders in the real formats ---------------------------
@@ -297,7 +306,7 @@ def test_features_equal_one_pair_at_a_time(score):
     for loaded in map(ce_clip.load_model, (ONE, TWO)):
         scorer = Scorer(loaded, batch_size=2)
         scorer.encode(items)
-        assert (len(scorer.images), len(scorer.texts)) == (4, 8)
+        assert (len(scorer.images), len(scorer.texts), scorer.model.training) == (4, 8, False)
         for item, row_of_two in zip(items, scorer.scores(items)):
             image = Image.open(item.image).convert("RGB")
             image = loaded.eval_transform(image.crop(item.box) if item.box else image)[None]
@@ -367,23 +376,19 @@ def test_command_on_every_benchmark(score):
 
 
 def test_items_pictures_and_which_benchmarks_an_x_vlm_matches(score, monkeypatch):
-    data = Data(Path("data"))
-    aro, aro_itm = items_of(monkeypatch, eval_bench.aro, data)
-    valse, valse_itm = items_of(monkeypatch, eval_bench.valse, data)
-    sugarcrepe, sugarcrepe_itm = items_of(monkeypatch, eval_bench.sugarcrepe, data)
-    vlc, vlc_itm = items_of(monkeypatch, eval_bench.vlc, data, 0)
-    assert aro_itm == valse_itm == {True}
-    assert sugarcrepe_itm == vlc_itm == {False}
+    found, data = {}, Data(Path("data"))
+    for name, *rows in (("aro",), ("valse",), ("sugarcrepe",), ("vlc", 0)):
+        found[name], itm = items_of(monkeypatch, getattr(eval_bench, name), data, *rows)
+        assert itm == {name in ("aro", "valse")}
+        assert all(item.image.exists() for item in found[name])
     assert not data.absent
-    assert all(item.image.exists() for item in [*aro, *valse, *sugarcrepe, *vlc])
-    for items, files in ((valse, VALSE), (sugarcrepe, SUBSETS), (vlc, VLC)):
-        assert {item.group for item in items} == set(files)
+    for name, files in {"valse": VALSE, "sugarcrepe": SUBSETS, "vlc": VLC}.items():
+        assert {item.group for item in found[name]} == set(files)
     texts, box = ("the dog is on the mat", "the mat is on the dog"), (5, 3, 35, 23)
-    assert aro[0][1:] == (Path("data/aro/images/7.jpg"), *texts, box)
-    assert valse[-1][2:4] == ("two dogs", "foil-it dogs")
-    assert vlc[-1][2:4] == ("brown dog", "brown dog")
-    assert vlc[-2][2:4] == ("brown dog", "Relation/spatial/vg dog")
-    assert sugarcrepe[0][2:4] == ("a red dog", "a dark dog")
+    assert found["aro"][0] == ("on", Path("data/aro/images/7.jpg"), *texts, box)
+    assert found["valse"][-1][2:4] == ("two dogs", "foil-it dogs")
+    assert found["sugarcrepe"][0][2:4] == ("a red dog", "a wet dog")
+    assert found["vlc"][-2][2:4] == ("brown dog", "Relation/spatial/vg dog")
 
 
 def test_wise_ft_lies_between_its_ends(score):
@@ -394,7 +399,8 @@ def test_wise_ft_lies_between_its_ends(score):
     text, plain = score(options)
     _, wise = score(f"{options} --wise 0 0.5 1")
     plain, wise = plain["benchmarks"]["sugarcrepe"], wise["benchmarks"]["sugarcrepe"]
-    assert list(plain) == [ONE, "tuned.pt"]
+    between = [f"tuned.pt, WiSE {alpha}" for alpha in ("0", "0.5", "1")]
+    assert (list(plain), list(wise)) == ([ONE, "tuned.pt"], [ONE, *between])
     assert wise["tuned.pt, WiSE 0"] == wise[ONE] == plain[ONE]
     assert wise["tuned.pt, WiSE 1"] == plain["tuned.pt"] != plain[ONE]
     one, two = (plain[row]["macro"].value for row in (ONE, "tuned.pt"))
