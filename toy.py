@@ -286,19 +286,8 @@ def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, st
 
 # One token a word, for CLIP's 49,408 would be most of a tiny model. The end has the highest number,
 # because open_clip pools the text features there.
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "a",
-    "an",
-    "and",
-    "is",
-    *OBJECTS,
-    *COLORS,
-    *RELATIONS,
-    "[START]",
-    "[END]",
-]
+WORDS = sorted(["a", "an", "and", "is", *OBJECTS, *COLORS, *RELATIONS])
+WORDS = ["[PAD]", "[UNK]", *WORDS, "[START]", "[END]"]
 TOKENS = {word: number for number, word in enumerate(WORDS)}
 MODEL = {  # open_clip's config of the tiny CLIP
     "embed_dim": 64,
