@@ -17,7 +17,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from array import array
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -436,18 +435,9 @@ class Records(Dataset):
 
 
 def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
-    """The records of all --data: names of DATA, and files of negatives.py with a folder of pictures
-    for each, or one for all."""
-    files = [name for name in args.data if name not in DATA]
-    for name in files:
-        if not Path(name).is_file():
-            raise BadInput(f"--data {name}: neither a file nor one of {', '.join(DATA)}")
-    folders = args.images * len(files) if len(args.images) == 1 else args.images
-    if len(folders) != len(files):
-        raise BadInput(
-            f"--images: one folder, or one for each of the {len(files)} .jsonl of --data"
-        )
-    parts = [Records(Path(file), Path(folder), kinds) for file, folder in zip(files, folders)]
+    """The records of all --data: names of DATA, and files of negatives.py, whose pictures lie in
+    --images."""
+    parts = []
     for name in args.data:
         if name in DATA:
             captions, images, made = (Path(args.data_root, name, path) for path in DATA[name])
@@ -458,7 +448,11 @@ def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
                 negatives.generate(captions, made)
             if world_size() > 1:
                 dist.barrier()
-            parts.append(Records(made, images, kinds))
+        elif Path(name).is_file() and args.images:
+            images, made = Path(args.images), Path(name)
+        else:
+            raise BadInput(f"--data {name}: not one of {', '.join(DATA)}, nor a file with --images")
+        parts.append(Records(made, images, kinds))
     return ConcatDataset(parts)
 
 
@@ -586,37 +580,32 @@ FREE += ("resume", "save_every", "log_every")
 
 
 def last_state(out: Path, settings: dict) -> dict | None:
-    """The newest whole state of a run. Raises BadInput for one of other settings or captions."""
-    for path in (out / "last.pt", out / "previous.pt"):
-        if not path.exists():
-            continue
+    """The run's whole checkpoint of the most steps. Raises BadInput for other settings or
+    captions."""
+    states = []
+    for path in out.glob("*.pt"):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            begun = state["settings"]
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            states.append((state["step"], state))
         except Exception as e:
             tqdm.write(f"{path} is damaged, passed over: {' '.join(str(e).split())[:200]}")
-            if rank() == 0:
-                os.replace(path, path.with_suffix(".damaged"))
-            continue
-        compared = [key for key in settings if key not in FREE]
-        differ = [f"{key} {begun.get(key)}" for key in compared if begun.get(key) != settings[key]]
-        if differ:
-            raise BadInput(f"{out} was begun with {', '.join(differ)}: resume with the same")
-        return state
-    return None
+    if not states:
+        return None
+    _, newest = max(states, key=lambda state: state[0])
+    begun = newest["settings"]
+    compared = [key for key in settings if key not in FREE]
+    differ = [f"{key} {begun.get(key)}" for key in compared if begun.get(key) != settings[key]]
+    if differ:
+        raise BadInput(f"{out} was begun with {', '.join(differ)}: resume with the same")
+    return newest
 
 
 def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: torch.device):
     """(Loaded, optimizer, threshold, steps done) at the start of a run, or where it was left."""
     out = Path(args.out)
     state = last_state(out, settings) if args.resume else None
-    there = [path.name for path in out.glob("*.pt")]
-    # a run that was killed between its first checkpoint and its first state begins again
-    killed_early = args.resume and there == ["epoch_1.pt"] and (out / "log.jsonl").exists()
-    if state is None and there and not killed_early:
-        raise BadInput(
-            f"{out} holds checkpoints: --resume goes on with a run, or give another --out"
-        )
+    if state is None and any(out.glob("*.pt")):
+        raise BadInput(f"{out} holds checkpoints: --resume a run of ours, or give another --out")
     torch.manual_seed(args.seed)
     if args.pretrained == "none":
         loaded = build_model(args.model)
@@ -624,7 +613,8 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         loaded = load_model(args.pretrained, args.model)
     if args.no_augmentation:
         loaded = loaded._replace(train_transform=loaded.eval_transform)
-    model = loaded.model.to(device).train()
+    # channels_last: faster convolutions of ResNets
+    model = loaded.model.to(device, memory_format=torch.channels_last).train()
     if hasattr(model, "itm_head") and (args.micro_batch or args.lock_image):
         raise BadInput("--micro-batch and --lock-image are not for an X-VLM")
     if args.lock_image:
@@ -676,7 +666,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    clock, logged = time.perf_counter(), start
     with tqdm(total=total, initial=start, desc=str(out), unit="step", disable=rank() > 0) as bar:
         for step, (images, tokens, valid) in enumerate(batches, start + 1):
             lr = args.lr * lr_factor(step - 1, args.warmup, total, args.schedule)
@@ -699,6 +688,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             optimizer.step()
             model.logit_scale.data.clamp_(0, math.log(100))  # [CLIP, authors' code]
 
+            bar.update()
             epoch_ends = step % epoch_steps == 0
             save = epoch_ends or step % args.save_every == 0
             if save or step % args.log_every == 0:  # looking at a value costs a device sync
@@ -708,11 +698,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 line.update({f"threshold_{kind}": th.item() for kind, th in zip(kinds, threshold)})
                 if not math.isfinite(line["loss"]):
                     raise BadInput(f"the loss is not finite: {json.dumps(line)}")
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                line["pairs_per_s"] = (step - logged) * args.batch_size / seconds
                 bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-                bar.update(step - logged)
-                logged = step
                 if rank() == 0:
                     with open(out / "log.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
@@ -720,15 +706,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 pos, neg = own_pairs(sim, sim_neg)
                 threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
             if save and rank() == 0:
-                if epoch_ends:
-                    save_checkpoint(
-                        out / f"epoch_{step // epoch_steps}.pt", loaded, threshold=threshold
-                    )
-                if (out / "last.pt").exists():
-                    os.replace(out / "last.pt", out / "previous.pt")
+                name = f"epoch_{step // epoch_steps}.pt" if epoch_ends else "last.pt"
                 now = {"step": step, "threshold": threshold, "optimizer": optimizer.state_dict()}
-                save_checkpoint(out / "last.pt", loaded, settings=settings, **now)
-                clock = time.perf_counter()
+                save_checkpoint(out / name, loaded, settings=settings, **now)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -741,7 +721,7 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--data", nargs="+", default=["coco"], help=f"{', '.join(DATA)}, or .jsonl of negatives.py")
-    add("--images", nargs="+", default=[], help="picture folder of each .jsonl, or one for all")
+    add("--images", help="picture folder of the .jsonl")
     add("--data-root", default="data", help="where the named data lie [ours]")
     add("--no-augmentation", action="store_true", help="pictures as in evaluation [for toy.sh]")
     add("--workers", type=int, default=4, help="loader processes [authors' code: 0]")

@@ -101,10 +101,7 @@ def refused(world, out, *more):
 
 
 def read_log(out):
-    """Its lines, without what depends on the machine."""
-    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    assert all(line.pop("pairs_per_s") > 0 for line in lines)
-    return lines
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
 def model_of(world, name="tiny", seed=0):
@@ -291,7 +288,7 @@ def test_data_are_a_union_of_files_and_names(world, tmp_path, monkeypatch):
     generate = functools.partial(negatives.generate, filler="ngram")
     monkeypatch.setattr(negatives, "generate", generate)
     file = str(world / "negatives.jsonl")
-    args = SimpleNamespace(data=["cc3m", file, file], images="AB", data_root=tmp_path)
+    args = SimpleNamespace(data=["cc3m", file], images="A", data_root=tmp_path)
     with pytest.raises(BadInput, match="--data cc3m needs .*cc3m/images: docs/data.md says where"):
         ce_clip.load_records(args, ["relation"])
     picture = tmp_path / "cc3m" / "images" / "00000" / "1.jpg"
@@ -299,11 +296,10 @@ def test_data_are_a_union_of_files_and_names(world, tmp_path, monkeypatch):
     picture.touch()
     picture.with_suffix(".txt").write_text("a red dog is on a ball")
     records = ce_clip.load_records(args, ["relation"])
-    assert [len(part) for part in records.datasets] == [24, 24, 1]
-    assert [records[i][0] for i in (0, 24)] == [Path("A/0.png"), Path("B/0.png")]
-    assert records[48] == (picture, None, ["a red dog is on a ball", "a red ball is on a dog"])
-    args.images = ["A"]
-    assert ce_clip.load_records(args, [])[24] == (Path("A/0.png"), None, records[0][2][:1])
+    assert [len(part) for part in records.datasets] == [1, 24]
+    assert records[0] == (picture, None, ["a red dog is on a ball", "a red ball is on a dog"])
+    assert records[1][0] == Path("A/0.png")
+    assert ce_clip.load_records(args, [])[1] == (Path("A/0.png"), None, records[1][2][:1])
 
 
 # ---- Steps ---------------------------------------------------------------------------------------
@@ -368,11 +364,11 @@ def one_of_two(rank: int, world: Path, out: Path):
     dist.init_process_group("gloo", f"file://{out}/init", rank=rank, world_size=2)
     torch.save([gradients(world, **case) for case in CASES], out / f"{rank}.pt")
     for name, options in [*RUNS.items(), ("itc", [*RUNS["itc"], "--resume"])]:
+        if rank == 0 and "--resume" in options:  # it goes on with the checkpoint before
+            (out / "itc" / "epoch_2.pt").write_bytes(b"damaged")
+        dist.barrier()
         sys.argv = ["ce_clip.py", *tiny(world, out / name, *options)]
         ce_clip.train(ce_clip.parse_args(), torch.device("cpu"))
-        dist.barrier()
-        if rank == 0:  # the last of these runs goes on with the state before
-            (out / "itc" / "last.pt").write_bytes(b"damaged")
         dist.barrier()
     dist.destroy_process_group()
 
@@ -429,16 +425,16 @@ def test_run_on_one_and_two_processes(world, tmp_path):
     assert [line["lr"] for line in log] == [1e-3 * ce_clip.lr_factor(i, 2, 6) for i in range(6)]
     settings = json.loads((tmp_path / "two" / "config.json").read_text())
     assert (settings["kinds"], settings["losses"]) == (list(KINDS), FULL)
-    state, epoch = read(tmp_path / "two" / "last.pt"), read(tmp_path / "two" / "epoch_2.pt")
-    groups = state["optimizer"]["param_groups"]
+    epoch = read(tmp_path / "two" / "epoch_2.pt")
+    groups = epoch["optimizer"]["param_groups"]
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(log[5]["lr"], x) for x in (0, 0.1)]
-    assert epoch["threshold"].equal(state["threshold"])
+    assert (epoch["step"], epoch["threshold"].shape) == (6, (4,))
     one = read(tmp_path / "one" / "epoch_2.pt")["state_dict"]
     torch.testing.assert_close(one, epoch["state_dict"], rtol=1e-2, atol=1e-3)
 
     # again: the run that is there is refused, and untouched
     before = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    assert "one holds checkpoints: --resume goes on with a run" in refused(world, tmp_path / "one")
+    assert "one holds checkpoints: --resume a run of ours" in refused(world, tmp_path / "one")
     assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == before
 
 
@@ -491,7 +487,7 @@ def test_kinds_that_are_trained_on(world, tmp_path, monkeypatch):
     (five / "negatives.jsonl").write_text(lines)
     log = train(five, tmp_path / "z")
     assert log[1]["threshold_number"] not in (0, log[1]["threshold_object"])
-    assert read(tmp_path / "z" / "last.pt")["threshold"].shape == (5,)
+    assert read(tmp_path / "z" / "epoch_2.pt")["threshold"].shape == (5,)
 
 
 @pytest.mark.parametrize("name", ["tiny", "resnet"])
@@ -535,7 +531,7 @@ def test_workers_and_less_memory_change_no_step(world, uninterrupted, tmp_path, 
 
 
 def same_run(a: Path, b: Path) -> None:
-    """Bit for bit: weights, optimiser, thresholds, and every line of the log but for its speed."""
+    """Bit for bit: weights, optimiser, thresholds, and every line of the log."""
     assert sorted(os.listdir(a)) == sorted(os.listdir(b))
     for path in a.glob("*.pt"):
         one, two = (read(folder / path.name) | {"settings": 0} for folder in (a, b))
@@ -565,7 +561,7 @@ def test_killed_around_every_file_that_is_put_in_place(world, tmp_path, monkeypa
     options = ["--resume", "--save-every", 5]
     train(world, tmp_path / "whole", *options)
     real = os.replace
-    for moment in range(14):  # around 7 files: 2 epochs, 3 states, 2 of which are put aside
+    for moment in range(6):  # before and after each of 3 files: 2 epochs, and step 5
         moments = [False] * moment + [True, False]
 
         def replace(a, b, moments=moments):
@@ -584,7 +580,7 @@ def test_killed_around_every_file_that_is_put_in_place(world, tmp_path, monkeypa
 @pytest.mark.parametrize("damage", ["cut", "empty", "code"])
 def test_a_damaged_state_is_passed_over(world, uninterrupted, tmp_path, damage):
     copied = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
-    last = copied / "last.pt"
+    last = copied / "epoch_8.pt"
     if damage == "code":
         save_code(last, copied / "mark")
     else:
@@ -592,7 +588,6 @@ def test_a_damaged_state_is_passed_over(world, uninterrupted, tmp_path, damage):
     code, output = run(tiny(world, copied, *LONG))
     assert code == 0, output
     assert f"{last} is damaged, passed over: " in output
-    (copied / "last.damaged").unlink()
     same_run(uninterrupted, copied)
 
 
@@ -633,9 +628,8 @@ def test_a_broken_or_missing_picture_ends_the_run(world, tmp_path):
 
 MISTAKES = {
     "--data coco --data-root x": "--data coco needs x/coco/annotations/captions_train2014.json: ",
-    "--images a b": "--images: one folder, or one for each of the 1 .jsonl of --data",
     "--images nowhere": ".png: No such file or directory",
-    "--data coc0": "--data coc0: neither a file nor one of coco, cc3m, vg",
+    "--data coc0": "--data coc0: not one of coco, cc3m, vg, nor a file with --images",
     "--data {}/tiny.json --batch-size 1": "tiny.json, line 1, is not a record of negatives.py: Key",
     "--data {}/empty.jsonl": "0 captions do not fill one batch of 8",
     "--batch-size 256": "24 captions do not fill one batch of 256",
