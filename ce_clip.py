@@ -314,7 +314,7 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
         loaded = build_model(saved["model"], None, saved["config"], saved.get("preprocess"))
     else:
         loaded = build_model(name)
-        if not hasattr(loaded.model, "itm_head"):  # a CLIP
+        if not hasattr(loaded.model, "match"):  # a CLIP
             warning = "does not say its activation: OpenAI's weights need a -quickgelu model"
             tqdm.write(f"warning: {source}, read as a {name}, {warning}")
     if isinstance(saved.get("model"), dict):
@@ -538,7 +538,7 @@ class Encoder(nn.Module):
         exists = F.pad(valid, (1, 0), value=True)  # (b, 1 + K): the caption always does
         itm = images.new_zeros(1)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            if hasattr(self.model, "itm_head"):
+            if hasattr(self.model, "match"):  # an X-VLM
                 image, encoded, itm = self.model(images, tokens[exists], exists)
             else:
                 image = self.model.encode_image(images, normalize=True)
@@ -615,7 +615,7 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         loaded = loaded._replace(train_transform=loaded.eval_transform)
     # channels_last: faster convolutions of ResNets
     model = loaded.model.to(device, memory_format=torch.channels_last).train()
-    if hasattr(model, "itm_head") and (args.micro_batch or args.lock_image):
+    if hasattr(model, "match") and (args.micro_batch or args.lock_image):
         raise BadInput("--micro-batch and --lock-image are not for an X-VLM")
     if args.lock_image:
         model.visual.requires_grad_(False).eval()
