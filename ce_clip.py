@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.model import get_model_preprocess_cfg
 from PIL import Image
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -550,28 +551,11 @@ class Encoder(nn.Module):
         return image, text.view(*exists.shape, -1), itm.float().reshape(1)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """No decay of biases, gains, norms and logit_scale [open_clip, authors' code]."""
-    decayed, exempt = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = exempt if parameter.ndim < 2 or "bias" in name else decayed
-            group.append(parameter)
-    return [
-        {"params": exempt, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": weight_decay},
-    ]
-
-
-def lr_factor(step: int, warmup: float, total: int, schedule: str = "cosine") -> float:
-    """Linear warm-up, then a cosine or a line to 0; `step` from 0; a warm-up below 1 is a share."""
-    warmup = warmup if warmup >= 1 else int(warmup * total)
+def lr_factor(step: int, warmup: int, total: int) -> float:
+    """Linear warm-up, then a cosine to 0; `step` from 0 [authors' code]."""
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    if schedule == "linear":
-        return 1 - done
-    return 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 # settings that change no result, or that the digests of the captions stand for
@@ -580,21 +564,17 @@ FREE += ("resume", "save_every", "log_every")
 
 
 def last_state(out: Path, settings: dict) -> dict | None:
-    """The run's whole checkpoint of the most steps. Raises BadInput for other settings or
-    captions."""
-    states = []
+    """The run's whole checkpoint of the most steps; BadInput for other settings or captions."""
+    newest = None
     for path in out.glob("*.pt"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            states.append((state["step"], state))
+            if newest is None or state["step"] > newest["step"]:
+                newest = state
         except Exception as e:
             tqdm.write(f"{path} is damaged, passed over: {' '.join(str(e).split())[:200]}")
-    if not states:
-        return None
-    _, newest = max(states, key=lambda state: state[0])
-    begun = newest["settings"]
-    compared = [key for key in settings if key not in FREE]
-    differ = [f"{key} {begun.get(key)}" for key in compared if begun.get(key) != settings[key]]
+    begun = newest["settings"] if newest else settings
+    differ = [f"{key} {begun.get(key)}" for key in settings if begun.get(key) != settings[key]]
     if differ:
         raise BadInput(f"{out} was begun with {', '.join(differ)}: resume with the same")
     return newest
@@ -621,7 +601,8 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         model.visual.requires_grad_(False).eval()
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    groups = parameter_groups(model, args.weight_decay)
+    # no decay of biases, gains, norms and logit_scale [open_clip, authors' code]
+    groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=["*bias*"])
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     # Eq. 5 speaks of step t - 1, and before the first step there is none: Th^0 = 0 [authors' code]
     threshold, step = torch.full((len(kinds),), args.threshold or 0.0), 0
@@ -630,13 +611,10 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         optimizer.load_state_dict(state["optimizer"])
         threshold, step = state["threshold"], state["step"]
     if rank() == 0:
-        with naming(out, "a folder that can be written"):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(json.dumps(settings, indent=1))
-            log = out / "log.jsonl"
-            lines = log.read_text().splitlines(True) if log.exists() else []
-            lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step]
-            log.write_text("".join(lines))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(settings, indent=1))
+        with (out / "log.jsonl").open("a") as log:
+            log.truncate(state["log"] if state else 0)  # no step twice
     return loaded, optimizer, threshold.to(device), step
 
 
@@ -651,7 +629,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     total = epoch_steps * args.epochs
     if total == 0:
         raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
-    settings = vars(args) | {"captions": [[len(part), part.digest] for part in records.datasets]}
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings["captions"] = [[len(part), part.digest] for part in records.datasets]
     loaded, optimizer, threshold, start = begin(args, kinds, settings, device)
     model, out = loaded.model, Path(args.out)
     encoder = Encoder(model, args.precision == "bf16", args.micro_batch)
@@ -668,7 +647,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     )
     with tqdm(total=total, initial=start, desc=str(out), unit="step", disable=rank() > 0) as bar:
         for step, (images, tokens, valid) in enumerate(batches, start + 1):
-            lr = args.lr * lr_factor(step - 1, args.warmup, total, args.schedule)
+            lr = args.lr * lr_factor(step - 1, args.warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(hash((args.seed, step, rank())) % 2**63)  # dropout; resumed as it was
@@ -708,13 +687,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             if save and rank() == 0:
                 name = f"epoch_{step // epoch_steps}.pt" if epoch_ends else "last.pt"
                 now = {"step": step, "threshold": threshold, "optimizer": optimizer.state_dict()}
-                save_checkpoint(out / name, loaded, settings=settings, **now)
+                now.update(settings=settings, log=(out / "log.jsonl").stat().st_size)
+                save_checkpoint(out / name, loaded, **now)
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
-FULL = "itc,hn,imc,cmr"  # Eq. (8)
-LOSSES = ("itc", "itc,hn", "itc,hn,imc", "itc,hn,cmr", FULL, "itc,hn,imc_released,cmr")
+LOSSES = ["itc,hn,imc,cmr", "itc", "itc,hn", "itc,hn,imc", "itc,hn,cmr", "itc,hn,imc_released,cmr"]
 
 
 def parse_args() -> argparse.Namespace:
@@ -728,7 +707,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL, help="open_clip's, xvlm, or a .json [Sec. 4.1]")
     add("--pretrained", default="openai", help="open_clip tag, file, or none [Sec. 4.1]")
     add("--lock-image", action="store_true", help="train the text tower alone")
-    add("--losses", choices=LOSSES, default=FULL, metavar="TERMS", help=f"{LOSSES} [Table 4]")
+    add("--losses", choices=LOSSES, default=LOSSES[0], help="[Eq. 8, Table 4]")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of negatives [Fig. 4]")
     add("--alpha", type=float, default=0.2, help="weight of IMC, Eq. 8 [Sec. 4.1]")
     add("--beta", type=float, default=0.4, help="weight of CMR, Eq. 8 [Sec. 4.1]")
@@ -737,8 +716,7 @@ def parse_args() -> argparse.Namespace:
     add("--epochs", type=int, default=5, help="[Sec. 4.1]")
     add("--batch-size", type=int, default=256, help="over all processes [Sec. 4.1]")
     add("--lr", type=float, default=5e-6, help="[authors' code; paper: default]")
-    add("--warmup", type=float, default=50, help="steps, below 1: a share [authors' code]")
-    add("--schedule", choices=("cosine", "linear"), default="cosine", help="[authors' code]")
+    add("--warmup", type=int, default=50, help="steps [authors' code]")
     add("--weight-decay", type=float, default=0.1, help="[authors' code]")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add("--precision", choices=("bf16", "fp32"), default=precision, help="[authors' code: fp16]")

@@ -1,4 +1,4 @@
-"""Score checkpoints on the paper's benchmarks (arXiv 2306.08832, Tables 1, 2, 3, 5, Fig. 7, 8).
+"""Score checkpoints on the paper's benchmarks (arXiv 2306.08832, Tables 1, 2, 3, 5, Fig. 7).
 
     python eval_bench.py --ckpt runs/coco/epoch_5.pt --base openai --out results
     python eval_bench.py --ckpt runs/coco/epoch_5.pt ViT-L-14/openai --bench vlc        # Fig. 7
@@ -12,22 +12,21 @@ the paper does. A checkpoint encodes each picture and each text once for all ben
 
 import argparse
 import csv
+import functools
 import json
 import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
-from math import isnan, nan
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import negatives
@@ -37,138 +36,97 @@ from negatives import BadInput, naming, run
 
 class Item(NamedTuple):
     group: str  # subset, relation, kind: what an average is taken over
-    image: Path
+    picture: tuple  # its path, and its box: left, top, right, bottom in pixels, or None
     positive: str
     negative: str
-    box: tuple[int, ...] | None = None  # left, top, right, bottom in pixels
-
-    @property
-    def picture(self) -> tuple:
-        return self.image, self.box
 
 
-class Cell(NamedTuple):
+@dataclass
+class Cell:
     """A number of a table, in %."""
 
-    value: float  # nan where there is none to show
+    value: float | None  # None: there is none to show
     scored: int = 0
     total: int = 0  # more than scored: some pictures are missing
     ties: int = 0
 
     def __str__(self) -> str:
-        if isnan(self.value):
+        if self.value is None:
             return "partial" if self.scored else ""
         return f"{self.value:.1f}"
+
+
+NONE = Cell(None)
 
 
 def mean(cells: list[Cell]) -> Cell:
     """The unweighted mean. Of several it has no value if anything is missing to one of them: it
     would compare with no paper."""
-    if not cells:
-        return Cell(nan)
     if len(cells) == 1:
         return cells[0]
-    _, scored, total, ties = (sum(numbers) for numbers in zip(*cells))
-    value = statistics.mean(cell.value for cell in cells)
-    return Cell(value if scored == total else nan, scored, total, ties)
-
-
-def pooled(cells: list[Cell]) -> Cell:
-    """The mean over items; like `mean`, of nothing that is not whole."""
-    whole = mean(cells)
-    if isnan(whole.value):
-        return whole
-    right = sum(cell.value * cell.scored for cell in cells)
-    return whole._replace(value=right / whole.scored)
-
-
-class Data:
-    """The folder of the benchmarks; remembers which of the files asked for are absent."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.absent = []
-
-    def lacks(self, path: Path) -> bool:
-        if not path.exists():
-            self.absent.append(str(path))
-        return not path.exists()
-
-    def entries(self, name: str) -> list[tuple]:
-        """(number or key, entry) of a JSON list or object."""
-        path = self.root / name
-        if self.lacks(path):
-            return []
-        with naming(path, "a JSON list or object of items"):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return list(content.items() if isinstance(content, dict) else enumerate(content))
+    values = [cell.value for cell in cells]
+    scored = sum(cell.scored for cell in cells)
+    total = sum(cell.total for cell in cells)
+    partial = not cells or None in values or scored < total
+    ties = sum(cell.ties for cell in cells)
+    return Cell(None if partial else statistics.mean(values), scored, total, ties)
 
 
 # ---- Features and scores -------------------------------------------------------------------------
 
 
-class Pictures(Dataset):
-    """n -> (picture (3, H, W), n)."""
-
-    def __init__(self, pictures: list[tuple], transform):
-        self.pictures, self.transform = pictures, transform
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        return self.transform(open_image(*self.pictures[n])), n
+def load_pictures(batch: list[tuple], transform: Callable) -> tuple[Tensor, list[tuple]]:
+    return torch.stack([transform(open_image(*picture)) for picture in batch]), batch
 
 
 class Scorer:
     """A checkpoint, and the unit features of what it has encoded (float32, on the CPU)."""
 
     def __init__(self, loaded: Loaded, batch_size: int = 64, workers: int = 0):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = loaded.model.to(self.device).eval()
         self.transform, self.tokenizer = loaded.eval_transform, loaded.tokenizer
         self.batch_size, self.workers = batch_size, workers
-        self.images = {}  # (path, box) -> (D,)
+        self.images = {}  # picture -> (D,)
         self.texts = {}  # text -> (D,)
-        self.matches = {}  # (path, box), text -> ITM logit of an X-VLM
-        self.decisions = []  # (item, [similarity to the positive, to the negative])
+        self.matches = {}  # picture, text -> ITM logit of an X-VLM
+        self.decisions = []  # of items whose picture is there: lines of items.jsonl
+        self.absent = []  # files that were asked for
+
+    def lacks(self, path: Path) -> bool:
+        if not path.exists():
+            self.absent.append(str(path))
+        return not path.exists()
+
+    def entries(self, path: Path) -> list:
+        """The items of a benchmark's file, a JSON list or object; none if it is absent."""
+        if self.lacks(path):
+            return []
+        with naming(path, "a JSON list or object"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return list(content.values() if isinstance(content, dict) else content)
 
     def encode(self, items: list[Item], itm: bool = False) -> None:
         """Pictures that are there, and texts; with `itm` an X-VLM also matches the two."""
-        captions = defaultdict(list)  # of each picture
-        for item in items:
-            if os.path.isfile(item.image):
-                captions[item.picture] += [item.positive, item.negative]
-        self.encode_pictures(list(captions), captions if itm else {})
-        self.encode_texts([text for texts in captions.values() for text in texts])
+        there = [item for item in items if os.path.isfile(item.picture[0])]
+        self.encode_pictures([item.picture for item in there])
+        self.encode_texts([text for item in there for text in (item.positive, item.negative)])
+        if itm and hasattr(self.model, "match"):
+            self.match(there)
+
+    def batches(self, pictures: list[tuple]) -> Iterator[tuple[Tensor, list[tuple]]]:
+        """(pictures (n, 3, H, W) on the device, which they are)."""
+        load = functools.partial(load_pictures, transform=self.transform)
+        loader = DataLoader(pictures, self.batch_size, num_workers=self.workers, collate_fn=load)
+        for images, batch in tqdm(loader, "pictures", unit="batch", leave=False):
+            yield images.to(self.device), batch
 
     @torch.inference_mode()
-    def encode_pictures(self, pictures: list[tuple], captions: dict[tuple, list[str]]) -> None:
-        itm = bool(captions) and hasattr(self.model, "match")
-        new = []
-        for picture in pictures:
-            matched = all((picture, text) in self.matches for text in captions.get(picture, []))
-            if picture not in self.images or (itm and not matched):
-                new.append(picture)
-        dataset = Pictures(new, self.transform)
-        loader = DataLoader(dataset, self.batch_size, num_workers=self.workers)
-        for images, numbers in tqdm(loader, "pictures", unit="batch", leave=False):
-            states = images.to(self.device)
-            if itm:
-                states = self.model.image_states(states)
-            features = self.model.encode_image(states, normalize=True).float().cpu()
-            batch = [new[n] for n in numbers]
-            self.images.update(zip(batch, self.finite(features)))
-            if itm:
-                pairs = [
-                    (n, text)
-                    for n, key in enumerate(batch)
-                    for text in dict.fromkeys(captions[key])
-                ]
-                tokens = self.tokenizer([text for _, text in pairs])
-                logits = self.model.match(states, tokens, torch.tensor([n for n, _ in pairs]))
-                for (n, text), logit in zip(pairs, self.finite(logits).tolist()):
-                    self.matches[batch[n], text] = logit
+    def encode_pictures(self, pictures: list[tuple]) -> None:
+        new = [picture for picture in dict.fromkeys(pictures) if picture not in self.images]
+        for images, batch in self.batches(new):
+            features = self.model.encode_image(images, normalize=True).float().cpu()
+            self.images.update(zip(batch, finite(features)))
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> None:
@@ -176,54 +134,81 @@ class Scorer:
         new = [text for text in dict.fromkeys(texts) if text not in self.texts]
         if not new:
             return
-        for text in new:
-            if not isinstance(text, str):
-                raise BadInput(f"a caption of a benchmark is not text: {text!r}")
         tokens = self.tokenizer(new)
         order = (tokens != 0).sum(1).argsort(stable=True)
         batches = order.split(4 * self.batch_size)
         for rows in tqdm(batches, "texts", unit="batch", leave=False):
             features = encode_text(self.model, tokens[rows]).float().cpu()
-            self.texts.update(zip([new[n] for n in rows], self.finite(features)))
+            self.texts.update(zip([new[n] for n in rows], finite(features)))
 
-    def finite(self, values: Tensor) -> Tensor:
-        if not values.isfinite().all():
-            raise BadInput("features that are not finite: the checkpoint is broken")
-        return values
+    @torch.inference_mode()
+    def match(self, items: list[Item]) -> None:
+        """What an X-VLM says of a picture and a caption that it sees together."""
+        captions = defaultdict(dict)  # picture -> its captions
+        for item in items:
+            captions[item.picture].update({item.positive: None, item.negative: None})
+        for images, batch in self.batches(list(captions)):
+            pairs = [(n, text) for n, picture in enumerate(batch) for text in captions[picture]]
+            rows = torch.tensor([n for n, _ in pairs])
+            tokens = self.tokenizer([text for _, text in pairs])
+            logits = finite(self.model.match(self.model.image_states(images), tokens, rows))
+            for (n, text), logit in zip(pairs, logits.tolist()):
+                self.matches[batch[n], text] = logit
 
     def scores(self, items: list[Item], itm: bool = False) -> Tensor:
         """(N, 2): similarity of each picture to the positive and to the negative, nan without a
         picture: cosines, to which with `itm` an X-VLM's ITM logits are added, as in ARO's code."""
-        found = [torch.zeros(0, 2)]
-        for item in items:
-            row = torch.full((2,), nan)
+        found = torch.full((len(items), 2), torch.nan)
+        for n, item in enumerate(items):
             if item.picture in self.images:
-                texts = (item.positive, item.negative)
                 # one by one: equal captions must have equal scores to the bit, for a tie is wrong
-                row = torch.stack([self.texts[t] @ self.images[item.picture] for t in texts])
-                if itm and self.matches:
-                    row = row + torch.tensor([self.matches[item.picture, t] for t in texts])
-            found.append(row[None])
-        return torch.cat(found)
+                for side, text in enumerate((item.positive, item.negative)):
+                    found[n, side] = self.texts[text] @ self.images[item.picture]
+                    if itm and self.matches:
+                        found[n, side] += self.matches[item.picture, text]
+        return found
+
+
+def finite(values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise BadInput("features that are not finite: the checkpoint is broken")
+    return values
 
 
 def accuracies(scorer: Scorer, items: list[Item], itm: bool = False) -> defaultdict[str, Cell]:
     """{group: accuracy in %} of the items whose picture is there. A tie is wrong; chance is 50.
-    Also notes the scores of each item in scorer.decisions."""
+    Also notes each decision in scorer.decisions."""
     scorer.encode(items, itm)
     scores = scorer.scores(items, itm)
     members = defaultdict(list)
     for n, item in enumerate(items):
         members[item.group].append(n)
-        scorer.decisions.append((item, scores[n].tolist()))
-    groups = defaultdict(lambda: Cell(nan))  # a group whose file is absent
+        if item.picture in scorer.images:
+            scorer.decisions.append(decision(scorer, item, scores[n].tolist()))
+    groups = defaultdict(lambda: NONE)  # a group whose file is absent
     for group, rows in members.items():
         positive, negative = scores[rows].T
         scored = int((~positive.isnan()).sum())
         right = int((positive > negative).sum())
         ties = int((positive == negative).sum())
-        groups[group] = Cell(100 * right / scored if scored else nan, scored, len(rows), ties)
+        groups[group] = Cell(100 * right / scored if scored else None, scored, len(rows), ties)
     return groups
+
+
+def decision(scorer: Scorer, item: Item, scores: list[float]) -> dict:
+    """As figures.py needs it; `similarity` is that of the two captions (Fig. 8)."""
+    path, box = item.picture
+    similarity = scorer.texts[item.positive] @ scorer.texts[item.negative]
+    return {
+        "group": item.group,
+        "image": str(path),
+        "box": box,
+        "positive": item.positive,
+        "negative": item.negative,
+        "scores": scores,
+        "right": scores[0] > scores[1],
+        "similarity": similarity.item(),
+    }
 
 
 def ranks(queries: Tensor, gallery: Tensor, own: Tensor, gallery_own: Tensor) -> Tensor:
@@ -240,43 +225,24 @@ def ranks(queries: Tensor, gallery: Tensor, own: Tensor, gallery_own: Tensor) ->
     return torch.cat(found)
 
 
-def fig_8(scorer: Scorer, items: list[Item], resamples: int = 50_000) -> dict[str, list[float]]:
-    """Sec. 4.5: [mean, low, high] of the similarity of a caption and its negative, and of the gap
-    between them for the picture, as cosines, with 99 % bootstrap intervals of the mean."""
-    positive, negative = scorer.scores(items).T
-    similarity = [scorer.texts[i.positive] @ scorer.texts[i.negative] for i in items]
-    values = torch.stack([torch.stack(similarity), positive - negative], 1)  # (N, 2)
-    generator = torch.Generator().manual_seed(0)
-    at_once = max(1, 2**22 // len(items))
-    means = []
-    for start in tqdm(range(0, resamples, at_once), "bootstrap", leave=False):
-        size = (min(at_once, resamples - start), len(items))
-        draws = torch.randint(len(items), size, generator=generator, dtype=torch.int32)
-        means.append(F.embedding_bag(draws, values, mode="mean"))  # of the rows that are drawn
-    low, high = torch.cat(means).quantile(torch.tensor([0.005, 0.995]), 0)
-    bounds = torch.stack([values.mean(0), low, high], 1)  # (2, 3)
-    return dict(zip(("similarity", "gap"), bounds.tolist()))
-
-
 # ---- ARO (arXiv 2210.01936), Table 1 -------------------------------------------------------------
 
 # 157 relations that ARO's notebook and the paper's authors leave out, the symmetric ones for one
 ARO_DROPPED = set(Path(__file__).with_name("aro_dropped.txt").read_text().splitlines())
 
 
-def aro(scorer: Scorer, data: Data) -> dict[str, Cell]:
+def aro(scorer: Scorer, root: Path) -> dict[str, Cell]:
     """Means over relations, but for ARO_DROPPED, and over pairs of attributes of 25 cases or more.
     Pictures are cropped to the box of the two objects."""
     cells = {}
     for task in ("relation", "attribution"):
         items = []
-        for key, e in data.entries(f"aro/visual_genome_{task}.json"):
-            with naming(f"ARO's {task}, item {key},", "an item of ARO"):
-                group = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
-                left, top = e["bbox_x"], e["bbox_y"]
-                box = (left, top, left + e["bbox_w"], top + e["bbox_h"])
-                image = data.root / "aro/images" / e["image_path"]
-                items.append(Item(group, image, e["true_caption"], e["false_caption"], box))
+        for e in scorer.entries(root / f"aro/visual_genome_{task}.json"):
+            group = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
+            left, top = e["bbox_x"], e["bbox_y"]
+            box = (left, top, left + e["bbox_w"], top + e["bbox_h"])
+            picture = (root / "aro/images" / e["image_path"], box)
+            items.append(Item(group, picture, e["true_caption"], e["false_caption"]))
         groups = accuracies(scorer, items, itm=True)
         if task == "relation":
             counted = [cell for name, cell in groups.items() if name not in ARO_DROPPED]
@@ -309,19 +275,18 @@ VALSE_FOLDERS = {  # by the start of a picture's name
 }
 
 
-def valse(scorer: Scorer, data: Data) -> dict[str, Cell]:
+def valse(scorer: Scorer, root: Path) -> dict[str, Cell]:
     """Items whose caption at least 2 of 3 annotators found right. The paper's average is that over
     the 11 files (72.5 for CE-CLIP), in the row of CE-CLIP+ that over the 9 columns (76.7)."""
     items = []
     files = [file for files in VALSE.values() for file in files]
     for file in files:
-        for key, e in data.entries(f"valse/{file}.json"):
-            with naming(f"VALSE's {file}, item {key},", "an item of VALSE"):
-                if e["mturk"]["caption"] >= 2:
-                    name = e["image_file"]
-                    start = next(start for start in VALSE_FOLDERS if name.startswith(start))
-                    image = data.root / VALSE_FOLDERS[start] / name
-                    items.append(Item(file, image, e["caption"], e["foil"]))
+        for e in scorer.entries(root / f"valse/{file}.json"):
+            if e["mturk"]["caption"] >= 2:
+                name = e["image_file"]
+                start = next(start for start in VALSE_FOLDERS if name.startswith(start))
+                picture = (root / VALSE_FOLDERS[start] / name, None)
+                items.append(Item(file, picture, e["caption"], e["foil"]))
     groups = accuracies(scorer, items, itm=True)
     columns = {}
     for column, of_column in VALSE.items():
@@ -354,23 +319,21 @@ VLC = [  # cell of Table 2, its types, the sources of each
 ]
 
 
-def vlc_file(scorer: Scorer, data: Data, file: str, rows: int) -> Cell:
+def vlc_file(scorer: Scorer, root: Path, file: str, rows: int) -> Cell:
     """The first `rows` rows of a corpus file, as in the authors' evaluation; 0: all."""
-    path = data.root / f"vl_checklist/corpus/v1/{file}.yaml"
-    if data.lacks(path):
-        return Cell(nan)
-    with naming(path, "a corpus file of VL-CheckList"):
-        config = yaml.safe_load(path.read_text())
-        annotations, folder = config["ANNO_PATH"], config["IMG_ROOT"].strip("/")
+    path = root / f"vl_checklist/corpus/v1/{file}.yaml"
+    if scorer.lacks(path):
+        return NONE
+    config = yaml.safe_load(path.read_text())
+    folder = root / config["IMG_ROOT"].strip("/")
+    entries = scorer.entries(root / "vl_checklist" / config["ANNO_PATH"])
     items = []
-    for key, entry in data.entries(f"vl_checklist/{annotations}")[: rows or None]:
-        with naming(f"{annotations}, item {key},", "an item of VL-CheckList"):
-            image, texts = entry
-            items.append(Item(file, data.root / folder / image, texts["POS"][0], texts["NEG"][0]))
+    for image, texts in entries[: rows or None]:
+        items.append(Item(file, (folder / image, None), texts["POS"][0], texts["NEG"][0]))
     return accuracies(scorer, items)[file]
 
 
-def vlc(scorer: Scorer, data: Data, rows: int) -> dict[str, Cell]:
+def vlc(scorer: Scorer, root: Path, rows: int) -> dict[str, Cell]:
     """Means over files, sources and types; then over the cells of a group, and over all nine."""
     cells = {}
     for cell, types, sources in VLC:
@@ -378,7 +341,7 @@ def vlc(scorer: Scorer, data: Data, rows: int) -> dict[str, Cell]:
         for type_ in types:
             of_sources = []
             for files in sources:
-                of_files = [vlc_file(scorer, data, f"{type_}/{file}", rows) for file in files]
+                of_files = [vlc_file(scorer, root, f"{type_}/{file}", rows) for file in files]
                 of_sources.append(mean(of_files))
             of_types.append(mean(of_sources))
         cells[cell] = mean(of_types)
@@ -390,28 +353,27 @@ def vlc(scorer: Scorer, data: Data, rows: int) -> dict[str, Cell]:
 
 # ---- SugarCrepe (arXiv 2306.14610), Table 3 ------------------------------------------------------
 
+SUGARCREPE = {
+    "REPLACE": ["replace_obj", "replace_att", "replace_rel"],
+    "SWAP": ["swap_obj", "swap_att"],
+    "ADD": ["add_obj", "add_att"],
+}
 
-SUGARCREPE = ["replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att"]
-SUGARCREPE += ["add_obj", "add_att"]
 
-
-def sugarcrepe(scorer: Scorer, data: Data) -> dict[str, Cell]:
-    """7 subsets, 7,511 items; unweighted means as in Tables 3 and 5 (macro), and over items, as its
-    authors (micro)."""
+def sugarcrepe(scorer: Scorer, root: Path) -> dict[str, Cell]:
+    """7 subsets, 7,511 items; unweighted means as in Tables 3 and 5 (its authors': over items)."""
     items = []
-    for subset in SUGARCREPE:
-        for key, e in data.entries(f"sugarcrepe/{subset}.json"):
-            with naming(f"SugarCrepe's {subset}, item {key},", "an item of SugarCrepe"):
-                image = data.root / "coco/val2017" / e["filename"]
-                items.append(Item(subset, image, e["caption"], e["negative_caption"]))
+    subsets = [subset for subsets in SUGARCREPE.values() for subset in subsets]
+    for subset in subsets:
+        for e in scorer.entries(root / f"sugarcrepe/{subset}.json"):
+            picture = (root / "coco/val2017" / e["filename"], None)
+            items.append(Item(subset, picture, e["caption"], e["negative_caption"]))
     groups = accuracies(scorer, items)
-    subsets = {subset: groups[subset] for subset in SUGARCREPE}
+    cells = {subset: groups[subset] for subset in subsets}
     averages = {}
-    for kind in ("replace", "swap", "add"):
-        of_kind = [cell for subset, cell in subsets.items() if subset.startswith(kind)]
-        averages[kind.upper()] = mean(of_kind)
-    every = list(subsets.values())
-    return subsets | averages | {"macro": mean(every), "micro": pooled(every)}
+    for kind, of_kind in SUGARCREPE.items():
+        averages[kind] = mean([cells[subset] for subset in of_kind])
+    return cells | averages | {"Avg": mean(list(cells.values()))}
 
 
 # ---- Retrieval, Table 5; files of negatives.py ---------------------------------------------------
@@ -427,48 +389,47 @@ def retrieval(scorer: Scorer, captions: Path, images: Path) -> dict[str, Cell]:
     counts), and of the picture by each caption (T2I). A tie is behind all that tie. There is no
     value unless every picture is there: a smaller gallery is easier."""
     records = negatives.read_captions(captions)
-    paths = [images / record["image"] for record in records]
-    scored = sum(path.exists() for path in paths)
+    pictures = [(images / record["image"], None) for record in records]
+    scored = sum(path.exists() for path, _ in pictures)
     found = {}
-    if scored == len(paths):
-        number = {path: n for n, path in enumerate(dict.fromkeys(paths))}
-        pictures = [(path, None) for path in number]
+    if scored == len(records):
+        number = {picture: n for n, picture in enumerate(dict.fromkeys(pictures))}
         texts = [pre_caption(record["caption"]) for record in records]
-        scorer.encode_pictures(pictures, {})
+        scorer.encode_pictures(pictures)
         scorer.encode_texts(texts)
-        image = torch.stack([scorer.images[picture] for picture in pictures])
+        image = torch.stack([scorer.images[picture] for picture in number])
         text = torch.stack([scorer.texts[t] for t in texts])
-        mine, owner = torch.arange(len(number)), torch.tensor([number[path] for path in paths])
+        owner = torch.tensor([number[picture] for picture in pictures])
+        mine = torch.arange(len(number))
         found = {"I2T": ranks(image, text, mine, owner), "T2I": ranks(text, image, owner, mine)}
     cells = {}
     for way in ("I2T", "T2I"):
         for k in (1, 5, 10):
-            value = 100 * (found[way] < k).float().mean().item() if found else nan
-            cells[f"{way} R@{k}"] = Cell(value, scored, len(paths))
+            value = 100 * (found[way] < k).float().mean().item() if found else None
+            cells[f"{way} R@{k}"] = Cell(value, scored, len(records))
     return cells
 
 
-def coco(scorer: Scorer, data: Data) -> dict[str, Cell]:
+def coco(scorer: Scorer, root: Path) -> dict[str, Cell]:
     """COCO, Karpathy's 5k test."""
-    path = data.root / "coco/annotations/coco_karpathy_test.json"
-    if data.lacks(path):
-        return {"I2T R@5": Cell(nan), "T2I R@5": Cell(nan)}
-    return retrieval(scorer, path, data.root / "coco")
+    path = root / "coco/annotations/coco_karpathy_test.json"
+    if scorer.lacks(path):
+        return {"I2T R@5": NONE, "T2I R@5": NONE}
+    return retrieval(scorer, path, root / "coco")
 
 
 def pairs(scorer: Scorer, path: Path, images: Path) -> dict[str, Cell]:
     """Each kind of a file that negatives.py wrote, and their mean."""
     items = []
     with naming(path), path.open(encoding="utf-8") as file:
-        lines = file.readlines()
-    for number, line in enumerate(lines, 1):
-        with naming(f"{path}, line {number},", "a record of negatives.py"):
-            record = json.loads(line)
-            box = record.get("box") and tuple(record["box"])
-            for kind, text in record.items():
-                if isinstance(text, str) and kind not in ("id", "image", "caption"):
-                    image = images / record["image"]
-                    items.append(Item(kind, image, record["caption"], text, box))
+        for number, line in enumerate(file, 1):
+            with naming(f"{path}, line {number},", "a record of negatives.py"):
+                record = json.loads(line)
+                box = record.get("box") and tuple(record["box"])
+                for kind, text in record.items():
+                    if isinstance(text, str) and kind not in ("id", "image", "caption"):
+                        picture = (images / record["image"], box)
+                        items.append(Item(kind, picture, record["caption"], text))
     groups = accuracies(scorer, items)
     return groups | {"mean": mean(list(groups.values()))}
 
@@ -476,23 +437,11 @@ def pairs(scorer: Scorer, path: Path, images: Path) -> dict[str, Cell]:
 # ---- Zero-shot classification, Table 5: ELEVATER by CLIP_benchmark -------------------------------
 
 # ELEVATER's sets, as CLIP_benchmark calls them, by ELEVATER's metric; it lacks hateful-memes
-ACCURACY = "cifar10 cifar100 country211 dtd eurosat fer2013 food101 gtsrb mnist pcam renderedsst2"
-ACCURACY = [*ACCURACY.split(), "resisc45", "cars", "kitti_closest_vehicle_distance"]
+ACCURACY = ["cifar10", "cifar100", "country211", "dtd", "eurosat", "fer2013", "food101", "gtsrb"]
+ACCURACY += ["mnist", "pcam", "renderedsst2", "resisc45", "cars", "kitti_closest_vehicle_distance"]
 MEAN_PER_CLASS = ["caltech101", "fgvc_aircraft", "flowers", "pets"]
 MAP_11_POINT = ["voc2007_multilabel"]
 ELEVATER = ACCURACY + MEAN_PER_CLASS + MAP_11_POINT
-
-
-def accuracy(scores: Tensor, target: Tensor) -> float:
-    """scores (N, C), target (N,) class numbers; 0 to 1."""
-    return (scores.argmax(1) == target).double().mean().item()
-
-
-def mean_per_class(scores: Tensor, target: Tensor) -> float:
-    """Mean recall of the classes that occur in target; the others cannot be chosen; 0 to 1."""
-    present, target = target.unique(return_inverse=True)
-    right = (scores[:, present].argmax(1) == target).double()
-    return statistics.mean(right[target == c].mean().item() for c in range(len(present)))
 
 
 def map_11_point(scores: Tensor, target: Tensor) -> float:
@@ -512,42 +461,41 @@ def map_11_point(scores: Tensor, target: Tensor) -> float:
     return statistics.mean(found)
 
 
-@torch.inference_mode()
 def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
     """Score of 100 * cosine with a class's mean text. The folder is a webdataset of CLIP_benchmark,
     which brings pictures, class names and templates."""
     from clip_benchmark.datasets.builder import build_wds_dataset
+    from clip_benchmark.metrics.zeroshot_classification import (
+        run_classification,
+        zero_shot_classifier,
+    )
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
     images = build_wds_dataset(folder.name, scorer.transform, "test", str(folder))
-    templates = [template.replace("{c}", "{}") for template in images.templates]
-    weights = open_clip.build_zero_shot_classifier(
-        scorer.model, scorer.tokenizer, images.classes, templates, device=scorer.device
-    )  # (D, C)
-    scores, targets = [], []
-    for batch, target in tqdm(DataLoader(images, scorer.batch_size), folder.name, leave=False):
-        features = scorer.model.encode_image(batch.to(scorer.device), normalize=True)
-        features = scorer.finite(features)
-        scores.append((100 * features @ weights).softmax(1).float().cpu())
-        targets.append(target)
-    scores, targets = torch.cat(scores), torch.cat(targets)
+    model, device = scorer.model, scorer.device
+    names, templates = images.classes, images.templates
+    weights = zero_shot_classifier(model, scorer.tokenizer, names, templates, device, amp=False)
+    loader = DataLoader(images, scorer.batch_size)
+    logits, target = run_classification(model, weights, loader, device, amp=False)  # (N, C)
+    chosen = finite(logits).argmax(1)
     if folder.name in MEAN_PER_CLASS:
-        value = mean_per_class(scores, targets)
+        value = balanced_accuracy_score(target, chosen)
     elif folder.name in MAP_11_POINT:
-        value = map_11_point(scores, targets.bool())
+        value = map_11_point(logits.softmax(1), target.bool())
     else:
-        value = accuracy(scores, targets)
-    return Cell(100 * value, len(targets), len(targets))
+        value = accuracy_score(target, chosen)
+    return Cell(100 * value, len(target), len(target))
 
 
-def zero_shot(scorer: Scorer, data: Data) -> dict[str, Cell]:
+def zero_shot(scorer: Scorer, root: Path) -> dict[str, Cell]:
     """ELEVATER's sets that are there, their mean if all 19 are, and ImageNet."""
     cells = {}
     for name in [*ELEVATER, "imagenet1k"]:
-        folder = data.root / "zeroshot" / name
-        if not data.lacks(folder):
+        folder = root / "zeroshot" / name
+        if not scorer.lacks(folder):
             with naming(folder, "read by CLIP_benchmark (pip install clip-benchmark)"):
                 cells[name] = zero_shot_set(scorer, folder)
-    return cells | {"ELEVATER 19": mean([cells.get(name, Cell(nan)) for name in ELEVATER])}
+    return cells | {"ELEVATER 19": mean([cells.get(name, NONE) for name in ELEVATER])}
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -567,7 +515,7 @@ TASKS = [  # row of Table 5, benchmark, column
     ("ARO-A", "aro", "Attribution"),
     ("VALSE", "valse", "Avg 11 files"),
     ("VL-CheckList", "vlc", "Avg"),
-    ("SugarCrepe", "sugarcrepe", "macro"),
+    ("SugarCrepe", "sugarcrepe", "Avg"),
     ("negatives", "pairs", "mean"),
     ("COCO T2I R@5", "coco", "T2I R@5"),
     ("COCO I2T R@5", "coco", "I2T R@5"),
@@ -608,7 +556,7 @@ def report(name: str, rows: dict[str, dict[str, Cell]], absent: list[str]) -> st
         return f"{TITLES[name]} is not scored: {first} is absent, see docs/benchmarks.md"
     counts = {"scored/all": {column: f"{c.scored}/{c.total}" for column, c in cells.items()}}
     for row, of_row in rows.items():  # a tie is wrong
-        ties = {column: str(cell.ties) for column, cell in of_row.items() if cell.ties}
+        ties = {column: cell.ties for column, cell in of_row.items() if cell.ties}
         if ties:
             counts[f"ties, {row}"] = ties
     partial = absent or any(cell.scored < cell.total for cell in cells.values())
@@ -619,14 +567,6 @@ def report(name: str, rows: dict[str, dict[str, Cell]], absent: list[str]) -> st
     return text
 
 
-def report_fig_8(name: str, rows: dict[str, dict[str, list[float]]]) -> str:
-    cells = {}
-    for row, values in rows.items():
-        cells[row] = {key: "{:.4f} [{:.4f}, {:.4f}]".format(*v) for key, v in values.items()}
-    title = f"## {TITLES[name]}: similarity of the captions, gap for the picture (Fig. 8)"
-    return f"{title}\n\nCosines with 99 % bootstrap intervals.\n\n{markdown(cells)}"
-
-
 def table_5(tasks: dict[str, dict[str, Cell]], base: str | None) -> str:
     """What composition gained beside what retrieval and classification lost, against the base."""
     printed = paper_rows("tasks")
@@ -634,13 +574,14 @@ def table_5(tasks: dict[str, dict[str, Cell]], base: str | None) -> str:
     for task, cells in tasks.items():
         rows[task] = {row: columns[task] for row, columns in printed.items() if task in columns}
         for row, cell in cells.items():
-            gain = cell.value - cells[base].value if base else nan
-            rows[task][row] = str(cell) if row == base or isnan(gain) else f"{cell} ({gain:+.1f})"
-    title = "## Gain and forgetting (Table 5)" + (f", difference to {base}" if base else "")
-    note = (
-        "The paper: VALSE of CE-CLIP+ over 9 columns, not 11 files; ELEVATER over 20 sets, not 19."
-    )
-    return f"{title}\n\n{markdown(rows)}\n\n{note}" if rows else ""
+            rows[task][row] = str(cell)
+            if base and row != base and None not in (cell.value, cells[base].value):
+                rows[task][row] += f" ({cell.value - cells[base].value:+.1f})"
+    return f"""## Gain and forgetting (Table 5){f", difference to {base}" if base else ""}
+
+{markdown(rows)}
+
+The paper: VALSE of CE-CLIP+ over 9 columns, not 11 files; ELEVATER over 20 sets, not 19."""
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -672,19 +613,20 @@ def checkpoints(args: argparse.Namespace) -> Iterator[tuple[str, Loaded]]:
             yield f"{source}, WiSE {alpha:g}", interpolate(base, tuned, alpha)
 
 
-def run_benchmark(name: str, scorer: Scorer, data: Data, args) -> dict[str, Cell]:
+def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace) -> dict[str, Cell]:
+    root = args.data_root
     if name == "aro":
-        return aro(scorer, data)
+        return aro(scorer, root)
     if name == "valse":
-        return valse(scorer, data)
+        return valse(scorer, root)
     if name == "vlc":
-        return vlc(scorer, data, args.vlc_rows)
+        return vlc(scorer, root, args.vlc_rows)
     if name == "sugarcrepe":
-        return sugarcrepe(scorer, data)
+        return sugarcrepe(scorer, root)
     if name == "coco":
-        return coco(scorer, data)
+        return coco(scorer, root)
     if name == "zeroshot":
-        return zero_shot(scorer, data)
+        return zero_shot(scorer, root)
     if name == "pairs":
         return pairs(scorer, args.pairs, args.images)
     return retrieval(scorer, args.captions, args.images)
@@ -694,7 +636,7 @@ def describe(args: argparse.Namespace) -> None:
     """--image: the texts in the order of their similarity to it, for each checkpoint."""
     for row, loaded in checkpoints(args):
         scorer = Scorer(loaded)
-        scorer.encode_pictures([(args.image, None)], {})
+        scorer.encode_pictures([(args.image, None)])
         scorer.encode_texts(args.texts)
         image = scorer.images[args.image, None]
         similarity = {text: (image @ scorer.texts[text]).item() for text in args.texts}
@@ -739,50 +681,36 @@ def main() -> None:
     if args.image:
         describe(args)
         return
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     results = {name: {} for name in args.bench}
-    absent, intervals, decisions = {}, defaultdict(dict), []
+    absent, lines = {}, []
     for row, loaded in checkpoints(args):
         scorer = Scorer(loaded, args.batch_size, args.workers)
         for name in args.bench:
-            data = Data(args.data_root)
-            results[name][row] = run_benchmark(name, scorer, data, args)
-            absent[name] = data.absent
-            scored = [(item, s) for item, s in scorer.decisions if not isnan(s[0])]
-            if name in ("aro", "pairs") and scored:
-                intervals[name][row] = fig_8(scorer, [item for item, _ in scored])
-            for item, (positive, negative) in scored:
-                line = {"benchmark": name, "row": row, **item._asdict(), "image": str(item.image)}
-                decisions.append(
-                    line | {"scores": [positive, negative], "right": positive > negative}
-                )
-            scorer.decisions.clear()
+            scorer.decisions, scorer.absent = [], []
+            results[name][row] = run_benchmark(name, scorer, args)
+            absent[name] = scorer.absent
+            for line in scorer.decisions:
+                lines.append(json.dumps({"benchmark": name, "row": row} | line) + "\n")
     tasks = {}
     for task, name, column in TASKS:
         rows = results.get(name, {})
-        if any(cells.get(column, Cell(nan)).scored for cells in rows.values()):
+        if any(cells.get(column, NONE).scored for cells in rows.values()):
             tasks[task] = {row: cells[column] for row, cells in rows.items()}
-    text = [report(name, rows, absent[name]) for name, rows in results.items()]
-    text += [report_fig_8(name, rows) for name, rows in intervals.items()]
-    text = "\n\n".join([*text, table_5(tasks, args.base)]) + "\n"
+    texts = [report(name, rows, absent[name]) for name, rows in results.items()]
+    if tasks:
+        texts.append(table_5(tasks, args.base))
+    text = "\n\n".join(texts)
     print(text)
     if args.out:
         content = {"settings": {key: str(value) for key, value in vars(args).items()}}
-        content |= {"benchmarks": plain(results), "tasks": plain(tasks), "fig_8": intervals}
-        with naming(args.out, "a folder that can be written"):
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-            (args.out / "results.md").write_text(text)
-            lines = [json.dumps(decision) + "\n" for decision in decisions]
-            (args.out / "items.jsonl").write_text("".join(lines))
+        content |= {"benchmarks": results, "tasks": tasks}
+        (args.out / "results.json").write_text(json.dumps(content, indent=1, default=vars) + "\n")
+        (args.out / "results.md").write_text(text + "\n")
+        (args.out / "items.jsonl").write_text("".join(lines))
     if not tasks:
         raise BadInput("nothing was scored")
-
-
-def plain(tables: dict):
-    """As JSON has it: cells are objects, nan is null."""
-    if isinstance(tables, Cell):
-        return tables._asdict() | {"value": None if isnan(tables.value) else tables.value}
-    return {key: plain(value) for key, value in tables.items()}
 
 
 if __name__ == "__main__":

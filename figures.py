@@ -3,7 +3,8 @@
     python figures.py --results results --out figures     # a folder of eval_bench.py --out
     python figures.py --negatives data/toy/negatives_train.jsonl --images data/toy/images --out docs
 
-Fig. 4, 5, 6 need config.json and log.jsonl beside the checkpoints that the results name. Fig. 2,
+Of the runs that were scored: their means, labelled with the settings in which they differ (Fig. 4,
+5a, 5c, 6), thresholds (5b) and losses (5d) over the steps. Of the items: Fig. 8, 9 and 10. Fig. 2,
 captions with their negatives, becomes OUT/FOLDER.png of the FOLDER the .jsonl lies in: toy.png.
 """
 
@@ -11,31 +12,15 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from math import nan
 from pathlib import Path
 
-from ce_clip import FREE, open_image
+import torch
+
+from ce_clip import open_image
 from negatives import KINDS, naming, run
 
-COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe")
+COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe", "negatives")
 GREEN, RED = "#0a7d28", "#b3261e"  # true and false captions
-
-
-def mean_of_tasks(tasks: dict[str, dict], row: str) -> float:
-    """Of the compositional tasks, or else of "negatives"; nulls are left out."""
-    names = [name for name in COMPOSITIONAL if name in tasks] or ["negatives"]
-    values = [tasks[name][row]["value"] for name in names if name in tasks]
-    return statistics.mean([value for value in values if value is not None] or [nan])
-
-
-def differing_in(configs: dict[str, dict], *settings: str) -> dict[str, list]:
-    """{row: its values of `settings`} of the most rows that differ in these and in nothing else."""
-    groups = defaultdict(dict)
-    for row, config in configs.items():
-        others = {k: v for k, v in config.items() if k not in (*FREE, *settings)}
-        groups[str(others)][row] = [config[name] for name in settings]
-    groups = [rows for rows in groups.values() if len({str(v) for v in rows.values()}) > 1]
-    return max(groups, key=len, default={})
 
 
 def bars(axes, content: dict[str, list[float]]) -> None:  # {name: [mean, low, high]}
@@ -48,7 +33,7 @@ def bars(axes, content: dict[str, list[float]]) -> None:  # {name: [mean, low, h
 
 def curves(axes, content: dict[str, list[tuple]]) -> None:  # {label: [(x, y), ...]}
     for label, points in content.items():
-        axes.plot(*zip(*sorted(points)), ".-", label=label)
+        axes.plot(*zip(*points), label=label)
     axes.legend()
 
 
@@ -61,13 +46,13 @@ def picture(axes, content: tuple) -> None:  # path, box or None, lines of (text,
         axes.text(275, 25 + 45 * n, text, color=color, in_layout=False)
 
 
-def draw(path: Path, plot, panels: list[tuple], needs: str, columns=1, height=4.0) -> None:
+def draw(path: Path, plot, panels: list[tuple], columns: int = 1, height: float = 4) -> None:
     """Draw (title, content) of each panel that has content with `plot`; `height` in inches."""
     with naming("matplotlib", "installed (pip install matplotlib)"):
         from matplotlib.figure import Figure
     panels = [(title, content) for title, content in panels if content]
     if not panels:
-        print(f"{path} is not drawn, it needs {needs}")
+        print(f"{path} is not drawn: there is nothing to show")
         return
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(8 * columns, height * rows), layout="constrained")
@@ -79,42 +64,59 @@ def draw(path: Path, plot, panels: list[tuple], needs: str, columns=1, height=4.
     print(path)
 
 
-def draw_results(results: dict, out: Path) -> None:
+def draw_runs(tasks: dict[str, dict], out: Path) -> None:
     configs, logs, means = {}, {}, {}
-    for row in dict.fromkeys(row for rows in results["benchmarks"].values() for row in rows):
-        folder, means[row] = Path(row).parent, mean_of_tasks(results["tasks"], row)
+    for row in dict.fromkeys(row for rows in tasks.values() for row in rows):
+        folder = Path(row).parent
         if row.endswith(".pt") and (folder / "config.json").exists():  # a run of ce_clip.py
             configs[row] = json.loads((folder / "config.json").read_text())
-            logs[folder] = read_lines(folder / "log.jsonl")
-
-    title = "compositional tasks, mean %"
-    for name, setting in (("fig4", "kinds"), ("fig5a", "threshold"), ("fig5c", "upper_bound")):
-        content = {}
-        for row, [value] in differing_in(configs, setting).items():
-            label = f"{setting} {'adaptive' if value is None else value}\n{row}"
-            content[label] = [means[row]] * 3
-        draw(out / f"{name}.png", bars, [(title, content)], f"runs that differ in {setting} alone")
-    content = defaultdict(list)
-    for row, [alpha, beta] in differing_in(configs, "alpha", "beta").items():
-        content[f"beta {beta}"].append((alpha, means[row]))
-    needs = "runs that differ in alpha and beta alone"
-    draw(out / "fig6.png", curves, [(f"{title}, over alpha", content)], needs)
+            logs[row] = read_lines(folder / "log.jsonl")
+    for row, config in configs.items():
+        label = [row]
+        for name, value in config.items():
+            if name != "captions" and any(other[name] != value for other in configs.values()):
+                label.append(f"{name} {value}")
+        values = [tasks[name][row]["value"] for name in COMPOSITIONAL if name in tasks]
+        values = [value for value in values if value is not None]
+        if values:
+            means["\n".join(label)] = [statistics.mean(values)] * 3
+    draw(out / "fig4-5a-5c-6.png", bars, [("compositional tasks, mean %", means)])
 
     thresholds = [f"threshold_{kind}" for kind in KINDS]
-    for name, columns in (("fig5b", thresholds), ("fig5d", ["itc", "imc", "cmr"])):
+    for name, keys in (("fig5b", thresholds), ("fig5d", ["itc", "imc", "cmr"])):
         panels = []
-        for folder, log in logs.items():
-            there = [key for key in columns if log and key in log[0]]
-            panels.append(
-                (folder, {key: [(line["step"], line[key]) for line in log] for key in there})
-            )
-        draw(out / f"{name}.png", curves, panels, f"log.jsonl with {columns[0]}")
+        for row, log in logs.items():
+            there = [key for key in keys if log and key in log[0]]
+            content = {key: [(line["step"], line[key]) for line in log] for key in there}
+            panels.append((row, content))
+        draw(out / f"{name}.png", curves, panels)
 
+
+def interval(values: list[float], resamples: int = 50_000) -> list[float]:
+    """[mean, low, high]: the 99 % bootstrap interval of the mean (Sec. 4.5)."""
+    values = torch.tensor(values)
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(resamples):
+        drawn = torch.randint(len(values), (len(values),), generator=generator)
+        means.append(values[drawn].mean())
+    bounds = torch.stack(means).quantile(torch.tensor([0.005, 0.995]))
+    return [values.mean().item(), *bounds.tolist()]
+
+
+def draw_fig_8(items: list[dict], path: Path) -> None:
+    """How close a caption and its negative are, and how far apart for the picture."""
+    similarity, gap = defaultdict(list), defaultdict(list)
+    for item in items:
+        if item["benchmark"] in ("aro", "pairs"):
+            similarity[item["row"]].append(item["similarity"])
+            gap[item["row"]].append(item["scores"][0] - item["scores"][1])
     panels = []
-    for benchmark, rows in results["fig_8"].items():
-        for name, title in (("similarity", "S(T, T_hn)"), ("gap", "S(I, T) - S(I, T_hn)")):
-            panels.append((f"{benchmark}: {title}", {row: rows[row][name] for row in rows}))
-    draw(out / "fig8.png", bars, panels, "results of ARO or of --pairs")
+    for title, rows in (("S(T, T_hn)", similarity), ("S(I, T) - S(I, T_hn)", gap)):
+        panels.append((title, {row: interval(values) for row, values in rows.items()}))
+        for row, (mean, low, high) in panels[-1][1].items():
+            print(f"{title} of {row}: {mean:.4f} [{low:.4f}, {high:.4f}]")
+    draw(path, bars, panels)
 
 
 def draw_items(items: list[dict], path: Path) -> None:
@@ -129,8 +131,7 @@ def draw_items(items: list[dict], path: Path) -> None:
             for item in same:
                 lines.append((f"{item['row']}: {'right' if item['right'] else 'wrong'}", "gray"))
             panels.append(("", (item["image"], item["box"], lines)))
-    panels = panels[:: max(1, len(panels) // 12)][:12]
-    draw(path, picture, panels, "rows that disagree on an item", columns=2, height=2)
+    draw(path, picture, panels[:: max(1, len(panels) // 12)][:12], columns=2, height=2)
 
 
 def draw_negatives(records: list[dict], images: Path, path: Path) -> None:
@@ -141,7 +142,7 @@ def draw_negatives(records: list[dict], images: Path, path: Path) -> None:
         lines = [(f"{kind}: {record[kind]}", RED) for kind in KINDS if record.get(kind)]
         lines.insert(0, (record["caption"], GREEN))
         panels.append(("", (images / record["image"], record.get("box"), lines)))
-    draw(path, picture, panels, "relation negatives", columns=2, height=2)
+    draw(path, picture, panels, columns=2, height=2)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -159,8 +160,10 @@ def main() -> None:
     with naming(args.results or args.negatives, "what eval_bench.py or negatives.py writes"):
         args.out.mkdir(parents=True, exist_ok=True)
         if args.results:
-            draw_results(json.loads((args.results / "results.json").read_text()), args.out)
-            draw_items(read_lines(args.results / "items.jsonl"), args.out / "fig9-10.png")
+            draw_runs(json.loads((args.results / "results.json").read_text())["tasks"], args.out)
+            items = read_lines(args.results / "items.jsonl")
+            draw_fig_8(items, args.out / "fig8.png")
+            draw_items(items, args.out / "fig9-10.png")
         else:
             path = args.out / f"{args.negatives.resolve().parent.name}.png"
             draw_negatives(read_lines(args.negatives), args.images, path)

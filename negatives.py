@@ -36,7 +36,8 @@ from words import BOTH_WAYS, CONTRAST, GLUE, WEAK, may_also_be
 # In the paper's order (Sec. 3.2, T_hn): a swap, or the part of speech (spaCy's) that is masked.
 # To add a kind, add an entry.
 KINDS = {"relation": "swap", "attribute": "ADJ", "action": "VERB", "object": "NOUN"}
-PROPOSALS = 50  # of a filler; the best --top-k that are acceptable are drawn from
+PROPOSALS = 50  # of a filler
+TOP = 10  # a fill is drawn from so many of them, the best that are acceptable
 MASKS = 128  # masked captions in one forward pass
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
 
@@ -336,14 +337,9 @@ class Masked(NamedTuple):
     candidates: list[str]
 
 
-def make_negatives(
-    captions: list[dict], filler: Callable, tagger: Tagger, top_k: int = 10, seed: int = 0
-) -> list[dict]:
-    """One record a caption, with its kinds; `captions` must hold whole pictures.
-
-    A fill is drawn from the best `top_k` of the filler's words that are acceptable. Every choice
-    depends on `seed` and the caption's id alone.
-    """
+def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=0) -> list[dict]:
+    """One record a caption, with its kinds; `captions` must hold whole pictures. Every choice
+    depends on `seed` and the caption's id alone."""
     tagged = list(tagger.words(caption["caption"] for caption in captions))
     siblings = defaultdict(set)  # picture -> its captions
     true = defaultdict(lambda: set(WEAK))  # picture -> words that are true of it
@@ -373,7 +369,7 @@ def make_negatives(
     proposals = filler([(m.words, m.position) for m in masked])
     for m, proposed in zip(masked, proposals):
         old = m.words[m.position].text
-        best = acceptable(proposed, old, m.kind, true[m.record["image"]], tagger)[:top_k]
+        best = acceptable(proposed, old, m.kind, true[m.record["image"]], tagger)[:TOP]
         m.candidates.extend(m.rng.sample(best, len(best)))
     fill_in(masked, siblings, tagger)
     return records
@@ -403,7 +399,6 @@ def generate(
     out: Path,
     filler: str = "mlm",
     mlm: str = "roberta-base",
-    top_k: int = 10,
     seed: int = 0,
     shard: tuple[int, int] = (1, 1),
 ) -> Path:
@@ -423,7 +418,7 @@ def generate(
     own = every[len(every) * (number - 1) // total : len(every) * number // total]
     model = mlm if filler == "mlm" else filler
     lists = Path(word_lists.__file__).read_text()
-    settings = digest([records, KINDS, lists, model, top_k, seed])[:16]
+    settings = digest([records, KINDS, lists, model, TOP, seed])[:16]
     part = Path(f"{out}.part")
     with naming(part):
         part.mkdir(parents=True, exist_ok=True)
@@ -438,7 +433,7 @@ def generate(
     paths = [part / f"{settings}-{n:06d}.jsonl" for n in range(len(own))]
     for path, chunk in zip(paths, tqdm(own, out.name, unit="chunk")):
         if saved_chunk(path) is None:
-            made = make_negatives(chunk, propose, tagger, top_k, seed)
+            made = make_negatives(chunk, propose, tagger, seed)
             lines = "".join(json.dumps(record) + "\n" for record in made)
             write(path, [digest(lines), "\n", lines])
     write(out, map(saved_chunk, paths))
@@ -579,12 +574,22 @@ def naming(path: str | Path, expected: str = "as expected"):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main(); a user's mistake ends in one line and exit code 1."""
+    """Call a script's main(). What goes wrong ends in one line and exit code 1; with --debug in a
+    traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         main()
-    except BadInput as e:
-        # a loader process hands on a whole traceback, whose last line is the message
-        line = str(e).splitlines()[-1].removeprefix("negatives.BadInput: ")
+    except Exception as e:
+        if debug:
+            raise
+        line = str(e)
+        if "Traceback" in line:  # of a loader process, its message in the last line
+            line = line.splitlines()[-1].removeprefix("negatives.BadInput: ")
+        if isinstance(e, OSError) and e.filename:
+            line = f"{e.filename}: {e.strerror}"
+        elif not isinstance(e, BadInput):
+            line = f"{type(e).__name__}: {' '.join(line.split())[:300]} (--debug shows where)"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
 
 
@@ -594,12 +599,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
     p.add_argument("--filler", choices=("mlm", "ngram"), default="mlm", help="[Sec. 3.1: mlm]")
     p.add_argument("--mlm", default="roberta-base", help="hub name or folder [Sec. 3.1: RoBERTa]")
-    p.add_argument("--top-k", type=int, default=10, help="a fill is one of so many accepted ones")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--shard", default="1/1", help="I/N: make only the I-th of N shares, OUT.I-of-N")
     args = p.parse_args()
-    if args.top_k < 1:
-        p.error("--top-k must be at least 1")
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
         p.error("--shard is I/N with I from 1 to N")

@@ -1,7 +1,7 @@
 """X-VLM (arXiv 2111.08276), the paper's second model, for CE-XVLM (arXiv 2306.08832, Tables 1, 2).
 
     torchrun --nproc_per_node 2 ce_clip.py --data coco --model xvlm --pretrained 16m_base_*.th \\
-        --batch-size 64 --lr 3e-5 --schedule linear --warmup 0.1 --weight-decay 0.01
+        --batch-size 64 --lr 3e-5 --warmup 3235 --weight-decay 0.01
     python eval_bench.py --ckpt checkpoint_9.pth --model xvlm    # X-VLM's own, XVLM-coco
 
 A dual encoder: a Swin Transformer, and the first layers of a BERT. Its last layers also attend to

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -21,15 +20,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ce_clip
 import eval_bench
-from eval_bench import Data, Item, Scorer
+from eval_bench import Item, Scorer
 
 
-def read_items(data: Data) -> list[Item]:
-    """SugarCrepe's, as eval_bench.sugarcrepe hands them to a scorer."""
-    scorer = SimpleNamespace(encode=lambda items, itm: None, decisions=[])
-    scorer.scores = lambda items, itm: torch.full((len(items), 2), torch.nan)
-    eval_bench.sugarcrepe(scorer, data)
-    return [item for item, _ in scorer.decisions]
+class Reader(Scorer):
+    """Keeps the items that a benchmark hands to a scorer."""
+
+    def encode(self, items: list[Item], itm: bool) -> None:
+        self.items = items
 
 
 def stand_ins(items: list[Item], folder: Path) -> list[Item]:
@@ -42,19 +40,20 @@ def stand_ins(items: list[Item], folder: Path) -> list[Item]:
         jpegs.append(buffer.getvalue())
     names = {}
     for item in items:
-        if item.image not in names and not item.image.exists():
-            names[item.image] = folder / item.image.name
-            names[item.image].write_bytes(jpegs[len(names) % len(jpegs)])
-    return [item._replace(image=names.get(item.image, item.image)) for item in items]
+        path, _ = item.picture
+        if path not in names and not path.exists():
+            names[path] = folder / path.name
+            names[path].write_bytes(jpegs[len(names) % len(jpegs)])
+    return [i._replace(picture=(names.get(i.picture[0], i.picture[0]), None)) for i in items]
 
 
 @torch.no_grad()
 def one_at_a_time(loaded: ce_clip.Loaded, items: list[Item]) -> list[bool]:
     model, right = loaded.model.eval(), []
     for item in items:
-        picture = Image.open(item.image).convert("RGB")
+        picture = Image.open(item.picture[0]).convert("RGB")
         image = model.encode_image(loaded.eval_transform(picture)[None], True)
-        texts = [model.encode_text(loaded.tokenizer(t), True) for t in item[2:4]]
+        texts = [model.encode_text(loaded.tokenizer(t), True) for t in item[2:]]
         positive, negative = (image @ text.T for text in texts)
         right.append(bool(positive > negative))
     return right
@@ -70,9 +69,11 @@ def main() -> None:
     torch.manual_seed(0)
     loaded = ce_clip.build_model(args.model)
     with tempfile.TemporaryDirectory() as folder:
-        items = stand_ins(read_items(Data(Path(args.data_root))), Path(folder))
-        if not items:
+        reader = Reader(loaded)
+        eval_bench.sugarcrepe(reader, Path(args.data_root))
+        if not reader.items:
             p.error(f"{args.data_root} has no sugarcrepe/*.json")
+        items = stand_ins(reader.items, Path(folder))
         some = items[:: max(1, len(items) // args.items)]
         one_at_a_time(loaded, some[:3])
         start = time.perf_counter()

@@ -53,8 +53,8 @@ def measure(args) -> None:
     micro = args.micro_batch if args.way == "micro" else 0
     kind = Plain if args.way == "plain" else Encoder
     encoder = kind(loaded.model.to(device).train(), device.type == "cuda", micro)
-    groups = ce_clip.parameter_groups(loaded.model, 0.1)
-    optimizer = torch.optim.AdamW(groups, lr=5e-6, fused=args.way != "plain")
+    parameters = loaded.model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=5e-6, fused=args.way != "plain")
     threshold = torch.zeros(len(KINDS), device=device)
     for step in range(args.steps + 1):
         if step == 1:  # the first one warms up

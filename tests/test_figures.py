@@ -1,6 +1,7 @@
 """figures.py: what it draws, and that it draws it."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -18,27 +19,6 @@ def cell(value):
     return {"value": value, "scored": 10, "total": 10, "ties": 0}
 
 
-def test_mean_is_of_compositional_tasks_that_have_a_value():
-    values = {"ARO-R": 50.0, "VALSE": None, "SugarCrepe": 80.0, "ELEVATER": 1.0, "negatives": 30.0}
-    tasks = {task: {"a": cell(value)} for task, value in values.items()}
-    assert figures.mean_of_tasks(tasks, "a") == (50 + 80) / 2
-    assert figures.mean_of_tasks({"negatives": tasks["negatives"]}, "a") == 30
-
-
-def test_rows_that_are_compared_differ_in_nothing_else():
-    configs = {
-        "a": FULL | {"out": "runs/a", "workers": 4},  # where and how it ran makes no difference
-        "b": FULL | {"out": "runs/b", "kinds": ["object"]},
-        "c": FULL | {"out": "runs/c", "kinds": ["relation"], "workers": 0},
-        "d": FULL | {"out": "runs/d", "kinds": ["action"], "seed": 43},
-        "e": FULL | {"out": "runs/e", "threshold": 5.0},
-    }
-    rows = figures.differing_in(configs, "kinds")
-    assert rows == {"a": [list(KINDS)], "b": [["object"]], "c": [["relation"]]}
-    assert figures.differing_in(configs, "threshold") == {"a": [None], "e": [5.0]}
-    assert figures.differing_in(configs, "upper_bound") == {}
-
-
 RUNS = {
     "full": {},
     "object": {"kinds": ["object"]},
@@ -51,27 +31,30 @@ RUNS = {
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path, monkeypatch):
     """What seven runs and their evaluation leave on disk."""
-    rows = {}
+    monkeypatch.setattr(figures.interval, "__defaults__", (200,))  # not 50,000
+    rows = []
     for n, (name, settings) in enumerate(RUNS.items()):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(FULL | settings | {"out": str(folder)}))
+        (folder / "config.json").write_text(json.dumps(FULL | settings))
         thresholds = {f"threshold_{kind}": 0.5 * n for kind in KINDS}
         log = [{"step": s, "itc": 5 - s, "imc": 2, "cmr": s, **thresholds} for s in (1, 2, 3)]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        rows[str(folder / "epoch_5.pt")] = cell(50.0 + n)
-    rows |= {f"{[*rows][0]}, WiSE 0.5": cell(55.0), "openai": cell(40.0)}  # no rows of runs
-    interval = {"similarity": [0.9, 0.8, 0.95], "gap": [0.1, 0.05, 0.2]}
-    content = {"benchmarks": {"aro": rows}, "tasks": {"ARO-R": rows}}
-    content["fig_8"] = {"aro": dict.fromkeys(rows, interval)}
+        rows.append(str(folder / "epoch_5.pt"))
+    rows += [f"{rows[0]}, WiSE 0.5", "openai"]  # no rows of runs
+    low = {row: cell(30.0 + n) for n, row in enumerate(rows)}  # the mean of the two
+    high = {row: cell(70.0 + n) for n, row in enumerate(rows)}
+    tasks = {"ARO-R": low, "VALSE": high, "SugarCrepe": dict.fromkeys(rows, cell(None))}
+    content = {"tasks": tasks | {"ELEVATER": dict.fromkeys(rows, cell(1.0))}}
     (tmp_path / "results.json").write_text(json.dumps(content))
     Image.effect_noise((40, 30), 50).save(tmp_path / "1.png")
     lines = []
     for negative, right in (("a cat", True), ("a cow", False), ("an ox", True)):
         item = {"image": str(tmp_path / "1.png"), "box": [5, 5, 20, 20], "group": "Relation"}
-        item |= {"positive": "a dog", "negative": negative}
+        item |= {"positive": "a dog", "negative": negative, "benchmark": "aro"}
+        item |= {"scores": [0.5, 0.25], "similarity": 0.75}
         lines.append(item | {"row": "full", "right": right})
         lines.append(item | {"row": "openai", "right": negative == "an ox"})
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -86,7 +69,7 @@ def command(monkeypatch, *arguments):
 def test_every_figure_is_drawn(results, monkeypatch, tmp_path):
     out = tmp_path / "figures"
     command(monkeypatch, "--results", results, "--out", out)
-    names = ["fig4", "fig5a", "fig5b", "fig5c", "fig5d", "fig6", "fig8", "fig9-10"]
+    names = ["fig4-5a-5c-6", "fig5b", "fig5d", "fig8", "fig9-10"]
     assert sorted(path.stem for path in out.iterdir()) == names
     for path in out.iterdir():
         dark, light = Image.open(path).convert("L").getextrema()
@@ -105,23 +88,28 @@ def shown(monkeypatch):
 def test_what_the_figures_show(results, monkeypatch, shown):
     command(monkeypatch, "--results", results, "--out", results)
     runs = results / "runs"
-    [(_, content)] = shown["fig5a"]
-    full, fixed = (f"{runs}/{name}/epoch_5.pt" for name in ("full", "fixed"))
-    assert content == {f"threshold adaptive\n{full}": [50] * 3, f"threshold 5.0\n{fixed}": [52] * 3}
-    assert [*shown["fig4"][0][1].values()] == [[50] * 3, [51] * 3]
-    assert [*shown["fig5c"][0][1].values()] == [[50] * 3, [53] * 3]
-    [(_, content)] = shown["fig6"]
-    assert content == {"beta 0.4": [(0.2, 50), (0.4, 54)], "beta 0.8": [(0.2, 55), (0.4, 56)]}
-    content = dict(shown["fig5d"])[runs / "full"]
+    [(_, content)] = shown["fig4-5a-5c-6"]
+    assert list(content.values()) == [[50 + n] * 3 for n in range(len(RUNS))]  # no other rows
+    kinds, differ = f"kinds {list(KINDS)}", "\nthreshold 5.0\nupper_bound 10.0\nalpha 0.2\nbeta 0.4"
+    assert [*content][2] == f"{runs}/fixed/epoch_5.pt\n{kinds}{differ}"
+    content = dict(shown["fig5d"])[f"{runs}/full/epoch_5.pt"]
     assert content["itc"] == [(1, 4), (2, 3), (3, 2)] and content["cmr"] == [(1, 1), (2, 2), (3, 3)]
-    content = dict(shown["fig5b"])[runs / "fixed"]
+    content = dict(shown["fig5b"])[f"{runs}/fixed/epoch_5.pt"]
     assert content["threshold_action"] == [(1, 1), (2, 1), (3, 1)]
-    content = dict(shown["fig8"])["aro: S(I, T) - S(I, T_hn)"]
-    assert len(content) == len(RUNS) + 2 and content["openai"] == [0.1, 0.05, 0.2]
+    same = {"full": [0.75] * 3, "openai": [0.75] * 3}
+    gap = {"full": [0.25] * 3, "openai": [0.25] * 3}
+    assert shown["fig8"] == [("S(T, T_hn)", same), ("S(I, T) - S(I, T_hn)", gap)]
     [(_, (image, box, lines))] = shown["fig9-10"]  # the one item on which rows disagree
     assert (image, box) == (str(results / "1.png"), [5, 5, 20, 20])
     assert lines[:2] == [("a dog", figures.GREEN), ("a cat", figures.RED)]
     assert lines[2:] == [("full: right", "gray"), ("openai: wrong", "gray")]
+
+
+def test_interval_is_the_normals():
+    """A gap of 1 in 100 of 400 items."""
+    half = 2.5758 * math.sqrt(0.25 * 0.75 / 400)
+    found = figures.interval([1.0] * 100 + [0.0] * 300, 20_000)
+    assert found == pytest.approx([0.25, 0.25 - half, 0.25 + half], abs=0.1 * half)
 
 
 def test_bars_have_the_interval_as_error():
@@ -136,13 +124,12 @@ def test_bars_have_the_interval_as_error():
 
 def test_what_is_missing_is_said(results, monkeypatch, capsys):
     rows = {"openai": cell(40.0)}
-    content = {"benchmarks": {"aro": rows}, "tasks": {"ARO-R": rows}, "fig_8": {}}
+    content = {"tasks": {"ARO-R": rows}}
     (results / "results.json").write_text(json.dumps(content))
     (results / "items.jsonl").write_text("")
     command(monkeypatch, "--results", results, "--out", results / "none")
     printed = capsys.readouterr().out
-    assert printed.count("is not drawn, it needs") == 8
-    assert "runs that differ in kinds alone" in printed
+    assert printed.count("is not drawn: there is nothing to show") == 5
     assert not any((results / "none").iterdir())
 
 

@@ -170,12 +170,13 @@ def test_fills_that_may_be_true_are_rejected(tagger, kind, text, bad, good):
     assert kind not in record["missing"]
 
 
-def test_the_best_accepted_candidates_are_drawn_from(tagger):
+def test_the_best_accepted_candidates_are_drawn_from(tagger, monkeypatch):
+    monkeypatch.setattr(negatives, "TOP", 2)
     found = set()
     for i in range(60):
         captions = [{"id": i, "image": "a.jpg", "caption": "a dog"}]
         filler = propose("dogs", "cat", "horse", "tree")
-        found.add(negatives.make_negatives(captions, filler, tagger, top_k=2)[0]["object"])
+        found.add(negatives.make_negatives(captions, filler, tagger)[0]["object"])
     assert found == {"a cat", "a horse"}
 
 
@@ -591,7 +592,7 @@ def test_chunks_of_other_settings_are_refused(many, finished, tmp_path, monkeypa
     part = shutil.copytree(finished, tmp_path / "out.jsonl.part")
     before = sorted(part.iterdir())
     other = coco_captions(tmp_path / "other.json", CAPTIONS)
-    changes = [{"seed": 1}, {"top_k": 3}, {"filler": "mlm", "mlm": "x"}, {"captions": other}, {}]
+    changes = [{"seed": 1}, {"filler": "mlm", "mlm": "x"}, {"captions": other}, {}]
     for change in changes:
         if not change:
             monkeypatch.setitem(KINDS, "number", "NUM")
