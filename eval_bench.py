@@ -13,12 +13,12 @@ the paper does. A checkpoint encodes each picture and each text once for all ben
 import argparse
 import csv
 import functools
+import itertools
 import json
-import os
 import re
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +29,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import negatives
 from ce_clip import DEFAULT_MODEL, Loaded, encode_text, load_model, open_image
-from negatives import BadInput, naming, run
+from negatives import BadInput, naming, read_captions, run
 
 
 class Item(NamedTuple):
@@ -45,7 +44,7 @@ class Item(NamedTuple):
 class Cell:
     """A number of a table, in %."""
 
-    value: float | None  # None: there is none to show
+    value: float | None = None  # None: there is none to show
     scored: int = 0
     total: int = 0  # more than scored: some pictures are missing
     ties: int = 0
@@ -56,12 +55,10 @@ class Cell:
         return f"{self.value:.1f}"
 
 
-NONE = Cell(None)
-
-
-def mean(cells: list[Cell]) -> Cell:
+def mean(cells: Iterable[Cell]) -> Cell:
     """The unweighted mean. Of several it has no value if anything is missing to one of them: it
     would compare with no paper."""
+    cells = list(cells)
     if len(cells) == 1:
         return cells[0]
     values = [cell.value for cell in cells]
@@ -108,65 +105,53 @@ class Scorer:
 
     def encode(self, items: list[Item], itm: bool = False) -> None:
         """Pictures that are there, and texts; with `itm` an X-VLM also matches the two."""
-        there = [item for item in items if os.path.isfile(item.picture[0])]
-        self.encode_pictures([item.picture for item in there])
-        self.encode_texts([text for item in there for text in (item.positive, item.negative)])
-        if itm and hasattr(self.model, "match"):
-            self.match(there)
-
-    def batches(self, pictures: list[tuple]) -> Iterator[tuple[Tensor, list[tuple]]]:
-        """(pictures (n, 3, H, W) on the device, which they are)."""
-        load = functools.partial(load_pictures, transform=self.transform)
-        loader = DataLoader(pictures, self.batch_size, num_workers=self.workers, collate_fn=load)
-        for images, batch in tqdm(loader, "pictures", unit="batch", leave=False):
-            yield images.to(self.device), batch
+        captions = defaultdict(dict)  # picture -> its captions
+        for item in items:
+            if item.picture[0].is_file():
+                captions[item.picture].update({item.positive: None, item.negative: None})
+        self.encode_pictures(captions, itm and hasattr(self.model, "match"))
+        self.encode_texts([text for texts in captions.values() for text in texts])
 
     @torch.inference_mode()
-    def encode_pictures(self, pictures: list[tuple]) -> None:
-        new = [picture for picture in dict.fromkeys(pictures) if picture not in self.images]
-        for images, batch in self.batches(new):
+    def encode_pictures(self, captions: dict[tuple, Iterable[str]], itm: bool = False) -> None:
+        """{picture: its captions}; with `itm` what an X-VLM says of them, seen together."""
+        new = [picture for picture in captions if itm or picture not in self.images]
+        load = functools.partial(load_pictures, transform=self.transform)
+        loader = DataLoader(new, self.batch_size, num_workers=self.workers, collate_fn=load)
+        for images, batch in tqdm(loader, "pictures", unit="batch", leave=False):
+            images = images.to(self.device)
+            if itm:
+                images = self.model.image_states(images)
+                pairs = [(n, text) for n, picture in enumerate(batch) for text in captions[picture]]
+                tokens = self.tokenizer([text for _, text in pairs])
+                logits = self.model.match(images, tokens, torch.tensor([n for n, _ in pairs]))
+                for (n, text), logit in zip(pairs, finite(logits).tolist()):
+                    self.matches[batch[n], text] = logit
             features = self.model.encode_image(images, normalize=True).float().cpu()
             self.images.update(zip(batch, finite(features)))
 
     @torch.inference_mode()
-    def encode_texts(self, texts: list[str]) -> None:
+    def encode_texts(self, texts: Iterable[str]) -> None:
         """In batches of nearly one length, which encode_text cuts to that."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.texts]
-        if not new:
-            return
-        tokens = self.tokenizer(new)
-        order = (tokens != 0).sum(1).argsort(stable=True)
-        batches = order.split(4 * self.batch_size)
-        for rows in tqdm(batches, "texts", unit="batch", leave=False):
-            features = encode_text(self.model, tokens[rows]).float().cpu()
-            self.texts.update(zip([new[n] for n in rows], finite(features)))
+        new = sorted((text for text in dict.fromkeys(texts) if text not in self.texts), key=len)
+        loader = DataLoader(new, 4 * self.batch_size, collate_fn=list)
+        for batch in tqdm(loader, "texts", unit="batch", leave=False):
+            features = encode_text(self.model, self.tokenizer(batch)).float().cpu()
+            self.texts.update(zip(batch, finite(features)))
 
-    @torch.inference_mode()
-    def match(self, items: list[Item]) -> None:
-        """What an X-VLM says of a picture and a caption that it sees together."""
-        captions = defaultdict(dict)  # picture -> its captions
-        for item in items:
-            captions[item.picture].update({item.positive: None, item.negative: None})
-        for images, batch in self.batches(list(captions)):
-            pairs = [(n, text) for n, picture in enumerate(batch) for text in captions[picture]]
-            rows = torch.tensor([n for n, _ in pairs])
-            tokens = self.tokenizer([text for _, text in pairs])
-            logits = finite(self.model.match(self.model.image_states(images), tokens, rows))
-            for (n, text), logit in zip(pairs, logits.tolist()):
-                self.matches[batch[n], text] = logit
-
-    def scores(self, items: list[Item], itm: bool = False) -> Tensor:
-        """(N, 2): similarity of each picture to the positive and to the negative, nan without a
-        picture: cosines, to which with `itm` an X-VLM's ITM logits are added, as in ARO's code."""
-        found = torch.full((len(items), 2), torch.nan)
-        for n, item in enumerate(items):
-            if item.picture in self.images:
-                # one by one: equal captions must have equal scores to the bit, for a tie is wrong
-                for side, text in enumerate((item.positive, item.negative)):
-                    found[n, side] = self.texts[text] @ self.images[item.picture]
-                    if itm and self.matches:
-                        found[n, side] += self.matches[item.picture, text]
-        return found
+    def decide(self, item: Item, itm: bool = False) -> dict:
+        """A line of items.jsonl. `scores`: similarity of the picture to positive and negative,
+        cosines, to which with `itm` an X-VLM's ITM logits are added, as in ARO's code; `gap`:
+        difference of the cosines, and `similarity`: cosine of the two captions (Fig. 8)."""
+        image = self.images[item.picture]
+        positive, negative = self.texts[item.positive], self.texts[item.negative]
+        # one by one: equal captions must have equal scores to the bit, for a tie is wrong
+        scores = [(text @ image).item() for text in (positive, negative)]
+        fig_8 = {"gap": scores[0] - scores[1], "similarity": (positive @ negative).item()}
+        if itm and self.matches:
+            for n, text in enumerate((item.positive, item.negative)):
+                scores[n] += self.matches[item.picture, text]
+        return item._asdict() | {"scores": scores, "right": scores[0] > scores[1]} | fig_8
 
 
 def finite(values: Tensor) -> Tensor:
@@ -179,50 +164,26 @@ def accuracies(scorer: Scorer, items: list[Item], itm: bool = False) -> defaultd
     """{group: accuracy in %} of the items whose picture is there. A tie is wrong; chance is 50.
     Also notes each decision in scorer.decisions."""
     scorer.encode(items, itm)
-    scores = scorer.scores(items, itm)
-    members = defaultdict(list)
-    for n, item in enumerate(items):
-        members[item.group].append(n)
+    groups = defaultdict(Cell)  # an empty one for a group whose file is absent
+    right = Counter()
+    for item in items:
+        cell = groups[item.group]
+        cell.total += 1
         if item.picture in scorer.images:
-            scorer.decisions.append(decision(scorer, item, scores[n].tolist()))
-    groups = defaultdict(lambda: NONE)  # a group whose file is absent
-    for group, rows in members.items():
-        positive, negative = scores[rows].T
-        scored = int((~positive.isnan()).sum())
-        right = int((positive > negative).sum())
-        ties = int((positive == negative).sum())
-        groups[group] = Cell(100 * right / scored if scored else None, scored, len(rows), ties)
+            line = scorer.decide(item, itm)
+            scorer.decisions.append(line)
+            right[item.group] += line["right"]
+            cell.scored += 1
+            cell.ties += line["scores"][0] == line["scores"][1]
+            cell.value = 100 * right[item.group] / cell.scored
     return groups
 
 
-def decision(scorer: Scorer, item: Item, scores: list[float]) -> dict:
-    """As figures.py needs it; `similarity` is that of the two captions (Fig. 8)."""
-    path, box = item.picture
-    similarity = scorer.texts[item.positive] @ scorer.texts[item.negative]
-    return {
-        "group": item.group,
-        "image": str(path),
-        "box": box,
-        "positive": item.positive,
-        "negative": item.negative,
-        "scores": scores,
-        "right": scores[0] > scores[1],
-        "similarity": similarity.item(),
-    }
-
-
-def ranks(queries: Tensor, gallery: Tensor, own: Tensor, gallery_own: Tensor) -> Tensor:
-    """(N,) how many of others are at least as close to a query as the closest of its own, from 0.
-
-    queries (N, D), gallery (M, D), and to whom each belongs, (N,) and (M,); in chunks of queries.
-    """
-    found = []
-    for rows in torch.arange(len(queries)).split(256):
-        sim = queries[rows] @ gallery.T
-        same = own[rows, None] == gallery_own  # (256, M)
-        best = sim.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
-        found.append(((sim >= best) & ~same).sum(1))
-    return torch.cat(found)
+def ranks(sim: Tensor, own: Tensor) -> Tensor:
+    """(N,) how many of others are at least as close to a query as the closest of its own, from 0:
+    sim (N, M) of queries by gallery, own (N, M) bool."""
+    best = sim.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    return ((sim >= best) & ~own).sum(1)
 
 
 # ---- ARO (arXiv 2210.01936), Table 1 -------------------------------------------------------------
@@ -290,20 +251,16 @@ def valse(scorer: Scorer, root: Path) -> dict[str, Cell]:
     groups = accuracies(scorer, items, itm=True)
     columns = {}
     for column, of_column in VALSE.items():
-        columns[column] = mean([groups[file] for file in of_column])
-    nine = mean(list(columns.values()))
-    eleven = mean([groups[file] for file in files])
-    return columns | {"Avg 11 files": eleven, "Avg 9 columns": nine}
+        columns[column] = mean(groups[file] for file in of_column)
+    eleven = mean(groups[file] for file in files)
+    return columns | {"Avg 11 files": eleven, "Avg 9 columns": mean(columns.values())}
 
 
 # ---- VL-CheckList (arXiv 2207.00221), Table 2 ----------------------------------------------------
 
 VG_AND_VAW = [["vg"], ["vaw"]]  # a source is the mean of its files
-OBJECT_SOURCES = [
-    ["vg_obj", "vg_subj"],
-    ["swig_agent", "swig_destination", "swig_item", "swig_tool"],
-    ["hake"],
-]
+SWIG = ["swig_agent", "swig_destination", "swig_item", "swig_tool"]
+OBJECT_SOURCES = [["vg_obj", "vg_subj"], SWIG, ["hake"]]
 LOCATIONS = ["Object/Location/center", "Object/Location/mid", "Object/Location/margin"]
 SIZES = ["Object/Size/large", "Object/Size/medium", "Object/Size/small"]
 VLC = [  # cell of Table 2, its types, the sources of each
@@ -323,7 +280,7 @@ def vlc_file(scorer: Scorer, root: Path, file: str, rows: int) -> Cell:
     """The first `rows` rows of a corpus file, as in the authors' evaluation; 0: all."""
     path = root / f"vl_checklist/corpus/v1/{file}.yaml"
     if scorer.lacks(path):
-        return NONE
+        return Cell()
     config = yaml.safe_load(path.read_text())
     folder = root / config["IMG_ROOT"].strip("/")
     entries = scorer.entries(root / "vl_checklist" / config["ANNO_PATH"])
@@ -337,18 +294,14 @@ def vlc(scorer: Scorer, root: Path, rows: int) -> dict[str, Cell]:
     """Means over files, sources and types; then over the cells of a group, and over all nine."""
     cells = {}
     for cell, types, sources in VLC:
-        of_types = []
-        for type_ in types:
-            of_sources = []
-            for files in sources:
-                of_files = [vlc_file(scorer, root, f"{type_}/{file}", rows) for file in files]
-                of_sources.append(mean(of_files))
-            of_types.append(mean(of_sources))
-        cells[cell] = mean(of_types)
+        means = []  # all types have as many sources: the mean of their means is that of all
+        for type_, files in itertools.product(types, sources):
+            means.append(mean(vlc_file(scorer, root, f"{type_}/{file}", rows) for file in files))
+        cells[cell] = mean(means)
     averages = {}
     for group in ("Attribute", "Object", "Relation"):
-        averages[group] = mean([value for cell, value in cells.items() if cell.startswith(group)])
-    return cells | averages | {"Avg": mean(list(cells.values()))}
+        averages[group] = mean(value for cell, value in cells.items() if cell.startswith(group))
+    return cells | averages | {"Avg": mean(cells.values())}
 
 
 # ---- SugarCrepe (arXiv 2306.14610), Table 3 ------------------------------------------------------
@@ -372,8 +325,8 @@ def sugarcrepe(scorer: Scorer, root: Path) -> dict[str, Cell]:
     cells = {subset: groups[subset] for subset in subsets}
     averages = {}
     for kind, of_kind in SUGARCREPE.items():
-        averages[kind] = mean([cells[subset] for subset in of_kind])
-    return cells | averages | {"Avg": mean(list(cells.values()))}
+        averages[kind] = mean(cells[subset] for subset in of_kind)
+    return cells | averages | {"Avg": mean(cells.values())}
 
 
 # ---- Retrieval, Table 5; files of negatives.py ---------------------------------------------------
@@ -388,50 +341,41 @@ def retrieval(scorer: Scorer, captions: Path, images: Path) -> dict[str, Cell]:
     """Recall in % at 1, 5, 10 (Table 5 prints R@5): of captions by a picture (I2T: any of its own
     counts), and of the picture by each caption (T2I). A tie is behind all that tie. There is no
     value unless every picture is there: a smaller gallery is easier."""
-    records = negatives.read_captions(captions)
+    if scorer.lacks(captions):
+        return {}
+    records = read_captions(captions)
     pictures = [(images / record["image"], None) for record in records]
     scored = sum(path.exists() for path, _ in pictures)
-    found = {}
-    if scored == len(records):
-        number = {picture: n for n, picture in enumerate(dict.fromkeys(pictures))}
-        texts = [pre_caption(record["caption"]) for record in records]
-        scorer.encode_pictures(pictures)
-        scorer.encode_texts(texts)
-        image = torch.stack([scorer.images[picture] for picture in number])
-        text = torch.stack([scorer.texts[t] for t in texts])
-        owner = torch.tensor([number[picture] for picture in pictures])
-        mine = torch.arange(len(number))
-        found = {"I2T": ranks(image, text, mine, owner), "T2I": ranks(text, image, owner, mine)}
+    if scored < len(records):
+        return dict.fromkeys(("I2T R@5", "T2I R@5"), Cell(None, scored, len(records)))
+    number = {picture: n for n, picture in enumerate(dict.fromkeys(pictures))}
+    texts = [pre_caption(record["caption"]) for record in records]
+    scorer.encode_pictures(number)
+    scorer.encode_texts(texts)
+    image = torch.stack([scorer.images[picture] for picture in number])
+    text = torch.stack([scorer.texts[text] for text in texts])
+    sim = image @ text.T  # (pictures, captions)
+    owner = torch.tensor([number[picture] for picture in pictures])
+    own = torch.arange(len(number))[:, None] == owner
     cells = {}
-    for way in ("I2T", "T2I"):
+    for way, rank in (("I2T", ranks(sim, own)), ("T2I", ranks(sim.T, own.T))):
         for k in (1, 5, 10):
-            value = 100 * (found[way] < k).float().mean().item() if found else None
+            value = 100 * (rank < k).float().mean().item()
             cells[f"{way} R@{k}"] = Cell(value, scored, len(records))
     return cells
-
-
-def coco(scorer: Scorer, root: Path) -> dict[str, Cell]:
-    """COCO, Karpathy's 5k test."""
-    path = root / "coco/annotations/coco_karpathy_test.json"
-    if scorer.lacks(path):
-        return {"I2T R@5": NONE, "T2I R@5": NONE}
-    return retrieval(scorer, path, root / "coco")
 
 
 def pairs(scorer: Scorer, path: Path, images: Path) -> dict[str, Cell]:
     """Each kind of a file that negatives.py wrote, and their mean."""
     items = []
-    with naming(path), path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            with naming(f"{path}, line {number},", "a record of negatives.py"):
-                record = json.loads(line)
-                box = record.get("box") and tuple(record["box"])
-                for kind, text in record.items():
-                    if isinstance(text, str) and kind not in ("id", "image", "caption"):
-                        picture = (images / record["image"], box)
-                        items.append(Item(kind, picture, record["caption"], text))
+    with naming(path, "a file of negatives.py"), path.open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            picture = (images / record["image"], record.get("box") and tuple(record["box"]))
+            for kind, text in record.items():
+                if isinstance(text, str) and kind not in ("id", "image", "caption"):
+                    items.append(Item(kind, picture, record["caption"], text))
     groups = accuracies(scorer, items)
-    return groups | {"mean": mean(list(groups.values()))}
+    return groups | {"mean": mean(groups.values())}
 
 
 # ---- Zero-shot classification, Table 5: ELEVATER by CLIP_benchmark -------------------------------
@@ -447,17 +391,16 @@ ELEVATER = ACCURACY + MEAN_PER_CLASS + MAP_11_POINT
 def map_11_point(scores: Tensor, target: Tensor) -> float:
     """Mean over classes of the mean of the best precision at a recall of at least 0, .1, ... 1.
 
-    scores (N, C), target (N, C) bool; each score is a threshold, and precision is 1 at recall 0, as
-    in scikit-learn, hence in ELEVATER; 0 to 1.
+    scores (N, C), target (N, C) bool; precision is 1 at recall 0, as in ELEVATER; 0 to 1.
     """
+    from sklearn.metrics import precision_recall_curve
+
     found = []
-    for p, true in zip(scores.T, target.T):
+    for of_class, true in zip(scores.T, target.T):
         if true.any():
-            above = p >= p[:, None]  # (thresholds, N)
-            hits = (above & true).sum(1)
-            precision, recall = hits.double() / above.sum(1), hits / true.sum()
-            best = [precision[recall >= level / 10 - 1e-6].max().item() for level in range(1, 11)]
-            found.append(sum([1, *best]) / 11)
+            precision, recall, _ = precision_recall_curve(true, of_class)
+            best = [precision[recall >= level / 10 - 1e-6].max() for level in range(11)]
+            found.append(statistics.mean(best))
     return statistics.mean(found)
 
 
@@ -465,18 +408,17 @@ def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
     """Score of 100 * cosine with a class's mean text. The folder is a webdataset of CLIP_benchmark,
     which brings pictures, class names and templates."""
     from clip_benchmark.datasets.builder import build_wds_dataset
-    from clip_benchmark.metrics.zeroshot_classification import (
-        run_classification,
-        zero_shot_classifier,
-    )
+    from clip_benchmark.metrics import zeroshot_classification as clip
     from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
     images = build_wds_dataset(folder.name, scorer.transform, "test", str(folder))
     model, device = scorer.model, scorer.device
     names, templates = images.classes, images.templates
-    weights = zero_shot_classifier(model, scorer.tokenizer, names, templates, device, amp=False)
+    weights = clip.zero_shot_classifier(
+        model, scorer.tokenizer, names, templates, device, amp=False
+    )
     loader = DataLoader(images, scorer.batch_size)
-    logits, target = run_classification(model, weights, loader, device, amp=False)  # (N, C)
+    logits, target = clip.run_classification(model, weights, loader, device, amp=False)  # (N, C)
     chosen = finite(logits).argmax(1)
     if folder.name in MEAN_PER_CLASS:
         value = balanced_accuracy_score(target, chosen)
@@ -495,39 +437,26 @@ def zero_shot(scorer: Scorer, root: Path) -> dict[str, Cell]:
         if not scorer.lacks(folder):
             with naming(folder, "read by CLIP_benchmark (pip install clip-benchmark)"):
                 cells[name] = zero_shot_set(scorer, folder)
-    return cells | {"ELEVATER 19": mean([cells.get(name, NONE) for name in ELEVATER])}
+    return cells | {"ELEVATER 19": mean(cells.get(name, Cell()) for name in ELEVATER)}
 
 
 # ---- Tables --------------------------------------------------------------------------------------
 
-TITLES = {
-    "aro": "ARO (Table 1)",
-    "valse": "VALSE (Table 1)",
-    "vlc": "VL-CheckList (Table 2)",
-    "sugarcrepe": "SugarCrepe (Table 3)",
-    "coco": "COCO retrieval, Karpathy's 5k test (Table 5: R@5)",
-    "zeroshot": "Zero-shot classification (Table 5)",
-    "pairs": "Generated negatives",
-    "captions": "Retrieval",
+BENCHMARKS = {  # title of the table, and what Table 5 has of it
+    "aro": ("ARO (Table 1)", ["Relation", "Attribution"]),
+    "valse": ("VALSE (Table 1)", ["Avg 11 files", "Avg 9 columns"]),
+    "vlc": ("VL-CheckList (Table 2)", ["Avg"]),
+    "sugarcrepe": ("SugarCrepe (Table 3)", ["Avg"]),
+    "coco": ("COCO retrieval, Karpathy's 5k test", ["T2I R@5", "I2T R@5"]),
+    "zeroshot": ("Zero-shot classification", ["ELEVATER 19", "imagenet1k"]),
+    "pairs": ("Generated negatives", ["mean"]),
+    "captions": ("Retrieval", ["T2I R@5", "I2T R@5"]),
+    "table_5": ("Gain and forgetting (Table 5; the paper: ELEVATER over 20 sets)", []),
 }
-TASKS = [  # row of Table 5, benchmark, column
-    ("ARO-R", "aro", "Relation"),
-    ("ARO-A", "aro", "Attribution"),
-    ("VALSE", "valse", "Avg 11 files"),
-    ("VL-CheckList", "vlc", "Avg"),
-    ("SugarCrepe", "sugarcrepe", "Avg"),
-    ("negatives", "pairs", "mean"),
-    ("COCO T2I R@5", "coco", "T2I R@5"),
-    ("COCO I2T R@5", "coco", "I2T R@5"),
-    ("captions T2I R@5", "captions", "T2I R@5"),
-    ("captions I2T R@5", "captions", "I2T R@5"),
-    ("ELEVATER", "zeroshot", "ELEVATER 19"),
-    ("ImageNet", "zeroshot", "imagenet1k"),
-]
 
 
 def paper_rows(benchmark: str) -> dict[str, dict[str, Cell]]:
-    """What the paper prints: {row: {column: cell}}; of Table 5 for "tasks"."""
+    """What the paper prints: {row: {column: cell}}."""
     rows = defaultdict(dict)
     with Path(__file__).with_name("paper.csv").open(newline="") as file:
         for entry in csv.DictReader(file):
@@ -536,52 +465,38 @@ def paper_rows(benchmark: str) -> dict[str, dict[str, Cell]]:
     return rows
 
 
-def markdown(rows: dict[str, dict]) -> str:
-    """A table with the columns of all rows, in the order of the longest."""
-    longest_first = sorted(rows.values(), key=len, reverse=True)
-    columns = list(dict.fromkeys(column for row in longest_first for column in row))
+def markdown(rows: dict[str, dict], columns: list[str]) -> str:
+    """A table of the rows that have any of the columns."""
     lines = [["", *columns]]
     for name, row in rows.items():
-        lines.append([name, *(str(row.get(column, "")) for column in columns)])
+        if not row.keys().isdisjoint(columns):
+            lines.append([name, *(str(row.get(column, "")) for column in columns)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def report(name: str, rows: dict[str, dict[str, Cell]], absent: list[str]) -> str:
-    """One benchmark: the paper's rows, ours, and how many items stand behind each number."""
-    cells = list(rows.values())[-1]
-    if not any(cell.scored for cell in cells.values()):
+def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent: list[str]) -> str:
+    """One benchmark: the paper's rows, ours, what they differ from the base by, and how many items
+    stand behind each number."""
+    title, _ = BENCHMARKS[name]
+    last = list(rows.values())[-1]
+    if not any(cell.scored for cell in last.values()):
         first = absent[0] if absent else "every picture"
-        return f"{TITLES[name]} is not scored: {first} is absent, see docs/benchmarks.md"
-    counts = {"scored/all": {column: f"{c.scored}/{c.total}" for column, c in cells.items()}}
-    for row, of_row in rows.items():  # a tie is wrong
-        ties = {column: cell.ties for column, cell in of_row.items() if cell.ties}
-        if ties:
-            counts[f"ties, {row}"] = ties
-    partial = absent or any(cell.scored < cell.total for cell in cells.values())
-    text = f"## {TITLES[name]}, %{' - PARTIAL' if partial else ''}\n\n"
-    text += markdown(paper_rows(name) | rows | counts)
+        return f"{title} is not scored: {first} is absent, see docs/benchmarks.md"
+    gains, ties = defaultdict(dict), {}
+    for row, cells in rows.items():
+        for column, cell in cells.items():
+            if base and row != base and None not in (cell.value, rows[base][column].value):
+                gains[f"{row} - {base}"][column] = f"{cell.value - rows[base][column].value:+.1f}"
+        ties[f"ties, {row}"] = {column: cell.ties for column, cell in cells.items() if cell.ties}
+    counts = {"scored/all": {column: f"{c.scored}/{c.total}" for column, c in last.items()}}
+    partial = absent or any(cell.scored < cell.total for cell in last.values())
+    text = f"## {title}, %{' - PARTIAL' if partial else ''}\n\n"
+    text += markdown(paper_rows(name) | rows | gains | counts | ties, list(last))
     if absent:
         text += f"\n\nAbsent: {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
     return text
-
-
-def table_5(tasks: dict[str, dict[str, Cell]], base: str | None) -> str:
-    """What composition gained beside what retrieval and classification lost, against the base."""
-    printed = paper_rows("tasks")
-    rows = {}
-    for task, cells in tasks.items():
-        rows[task] = {row: columns[task] for row, columns in printed.items() if task in columns}
-        for row, cell in cells.items():
-            rows[task][row] = str(cell)
-            if base and row != base and None not in (cell.value, cells[base].value):
-                rows[task][row] += f" ({cell.value - cells[base].value:+.1f})"
-    return f"""## Gain and forgetting (Table 5){f", difference to {base}" if base else ""}
-
-{markdown(rows)}
-
-The paper: VALSE of CE-CLIP+ over 9 columns, not 11 files; ELEVATER over 20 sets, not 19."""
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -623,26 +538,27 @@ def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace) -> dict[s
         return vlc(scorer, root, args.vlc_rows)
     if name == "sugarcrepe":
         return sugarcrepe(scorer, root)
-    if name == "coco":
-        return coco(scorer, root)
     if name == "zeroshot":
         return zero_shot(scorer, root)
     if name == "pairs":
         return pairs(scorer, args.pairs, args.images)
-    return retrieval(scorer, args.captions, args.images)
+    if name == "captions":
+        return retrieval(scorer, args.captions, args.images)
+    path = root / "coco/annotations/coco_karpathy_test.json"
+    return retrieval(scorer, path, root / "coco")
 
 
 def describe(args: argparse.Namespace) -> None:
     """--image: the texts in the order of their similarity to it, for each checkpoint."""
     for row, loaded in checkpoints(args):
         scorer = Scorer(loaded)
-        scorer.encode_pictures([(args.image, None)])
+        picture = (args.image, None)
+        scorer.encode_pictures({picture: args.texts})
         scorer.encode_texts(args.texts)
-        image = scorer.images[args.image, None]
-        similarity = {text: (image @ scorer.texts[text]).item() for text in args.texts}
+        found = [((scorer.images[picture] @ scorer.texts[t]).item(), t) for t in args.texts]
         print(row)
-        for text in sorted(args.texts, key=similarity.get, reverse=True):
-            print(f"  {similarity[text]:.4f}  {text}")
+        for similarity, text in sorted(found, reverse=True):
+            print(f"  {similarity:.4f}  {text}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -652,21 +568,19 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL, help="what tags and files of others are [Sec. 4.1]")
     add("--base", help="checkpoint or tag before fine-tuning: differences to it are shown")
     add("--wise", nargs="+", type=float, default=[], help="WiSE-FT: (1 - a) base + a ckpt")
-    names = ["aro", "valse", "vlc", "sugarcrepe", "coco", "zeroshot"]
+    names = list(BENCHMARKS)[:6]
     add("--bench", nargs="+", choices=names, default=[], help="[all of them]")
     add("--data-root", type=Path, default="data", help="folder of the benchmarks")
     add("--vlc-rows", type=int, default=1000, help="first rows of each VLC file, 0: all [authors]")
     add("--pairs", type=Path, help="score the kinds of a .jsonl of negatives.py")
     add("--captions", type=Path, help="retrieval on a captions file")
-    add("--images", type=Path, help="picture folder of --pairs and --captions")
+    add("--images", type=Path, default=".", help="picture folder of --pairs and --captions")
     add("--image", type=Path, help="one picture, to which --texts are compared")
     add("--texts", nargs="+", default=[])
     add("--batch-size", type=int, default=64, help="pictures; four times as many texts")
     add("--workers", type=int, default=0, help="loader processes")
     add("--out", type=Path, help="folder for results.json, results.md and items.jsonl")
     args = p.parse_args()
-    if bool(args.pairs or args.captions) != bool(args.images):
-        p.error("--pairs and --captions go together with --images")
     if bool(args.image) != bool(args.texts):
         p.error("--image goes together with --texts")
     if args.wise and not args.base:
@@ -679,8 +593,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.image:
-        describe(args)
-        return
+        return describe(args)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     results = {name: {} for name in args.bench}
@@ -692,24 +605,27 @@ def main() -> None:
             results[name][row] = run_benchmark(name, scorer, args)
             absent[name] = scorer.absent
             for line in scorer.decisions:
-                lines.append(json.dumps({"benchmark": name, "row": row} | line) + "\n")
-    tasks = {}
-    for task, name, column in TASKS:
-        rows = results.get(name, {})
-        if any(cells.get(column, NONE).scored for cells in rows.values()):
-            tasks[task] = {row: cells[column] for row, cells in rows.items()}
-    texts = [report(name, rows, absent[name]) for name, rows in results.items()]
-    if tasks:
-        texts.append(table_5(tasks, args.base))
+                line = {"benchmark": name, "row": row} | line
+                lines.append(json.dumps(line, default=str) + "\n")
+    table_5 = defaultdict(dict)
+    for name, rows in results.items():
+        _, columns = BENCHMARKS[name]
+        for row, cells in rows.items():
+            for column in columns:
+                if column in cells and cells[column].scored:
+                    table_5[row][f"{name} {column}"] = cells[column]
+    if table_5:
+        results["table_5"], absent["table_5"] = table_5, []
+    texts = [report(name, rows, args.base, absent[name]) for name, rows in results.items()]
     text = "\n\n".join(texts)
     print(text)
     if args.out:
-        content = {"settings": {key: str(value) for key, value in vars(args).items()}}
-        content |= {"benchmarks": results, "tasks": tasks}
-        (args.out / "results.json").write_text(json.dumps(content, indent=1, default=vars) + "\n")
+        settings = {key: str(value) for key, value in vars(args).items()}
+        content = json.dumps({"settings": settings, "benchmarks": results}, indent=1, default=vars)
+        (args.out / "results.json").write_text(content + "\n")
         (args.out / "results.md").write_text(text + "\n")
         (args.out / "items.jsonl").write_text("".join(lines))
-    if not tasks:
+    if not table_5:
         raise BadInput("nothing was scored")
 
 

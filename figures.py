@@ -3,146 +3,120 @@
     python figures.py --results results --out figures     # a folder of eval_bench.py --out
     python figures.py --negatives data/toy/negatives_train.jsonl --images data/toy/images --out docs
 
-Of the runs that were scored: their means, labelled with the settings in which they differ (Fig. 4,
-5a, 5c, 6), thresholds (5b) and losses (5d) over the steps. Of the items: Fig. 8, 9 and 10. Fig. 2,
-captions with their negatives, becomes OUT/FOLDER.png of the FOLDER the .jsonl lies in: toy.png.
+Fig. 4, 5a, 5c, 6: means over the compositional tasks, labelled with the settings in which the runs
+differ; 5b, 5d: what each run has logged; 8, 9, 10: of the items. Fig. 2, captions with their
+negatives, is FOLDER.png of the FOLDER that the .jsonl lies in: toy.png.
 """
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from ce_clip import open_image
 from negatives import KINDS, naming, run
 
-COMPOSITIONAL = ("ARO-R", "ARO-A", "VALSE", "VL-CheckList", "SugarCrepe", "negatives")
+COMPOSITIONAL = ("aro Relation", "aro Attribution", "valse Avg 11 files", "vlc Avg")
+COMPOSITIONAL += ("sugarcrepe Avg", "pairs mean")
 GREEN, RED = "#0a7d28", "#b3261e"  # true and false captions
+SAMPLES = 50_000  # of the bootstrap
 
 
-def bars(axes, content: dict[str, list[float]]) -> None:  # {name: [mean, low, high]}
-    mean, low, high = zip(*content.values())
-    errors = [[m - x for m, x in zip(mean, low)], [x - m for m, x in zip(mean, high)]]
-    drawn = axes.barh(list(content), mean, xerr=errors, ecolor="red")
-    axes.bar_label(drawn, fmt="%.4g", label_type="center", color="white")
-    axes.invert_yaxis()  # the first on top
-
-
-def curves(axes, content: dict[str, list[tuple]]) -> None:  # {label: [(x, y), ...]}
-    for label, points in content.items():
-        axes.plot(*zip(*points), label=label)
-    axes.legend()
-
-
-def picture(axes, content: tuple) -> None:  # path, box or None, lines of (text, colour)
-    path, box, lines = content
-    axes.imshow(open_image(path, box).resize((256, 256)))
-    axes.axis("off")
-    axes.set_anchor("W")
-    for n, (text, color) in enumerate(lines):
-        axes.text(275, 25 + 45 * n, text, color=color, in_layout=False)
-
-
-def draw(path: Path, plot, panels: list[tuple], columns: int = 1, height: float = 4) -> None:
-    """Draw (title, content) of each panel that has content with `plot`; `height` in inches."""
+def new_figure(width: float, height: float):  # inches
     with naming("matplotlib", "installed (pip install matplotlib)"):
         from matplotlib.figure import Figure
-    panels = [(title, content) for title, content in panels if content]
-    if not panels:
-        print(f"{path} is not drawn: there is nothing to show")
-        return
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(8 * columns, height * rows), layout="constrained")
-    for n, (title, content) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, n)
-        axes.set_title(title)
-        plot(axes, content)
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def bars(path: Path, content: dict[str, list[float]]) -> None:
+    """The mean of each name's values, with its 99 % bootstrap interval (Sec. 4.5)."""
+    figure = new_figure(8, 1 + len(content))
+    axes, rng = figure.subplots(), np.random.default_rng(0)
+    for name, values in content.items():
+        mean, values = np.mean(values), np.array(values)
+        means = [rng.choice(values, len(values)).mean() for _ in range(SAMPLES)]
+        low, high = np.quantile(means, [0.005, 0.995])
+        print(f"{path} {' '.join(name.split())}: {mean:.4f} [{low:.4f}, {high:.4f}]")
+        drawn = axes.barh(name, mean, xerr=[[mean - low], [high - mean]], ecolor="red")
+        axes.bar_label(drawn, fmt="%.4g", label_type="center", color="white")
+    axes.invert_yaxis()  # the first on top
     figure.savefig(path)
-    print(path)
 
 
-def draw_runs(tasks: dict[str, dict], out: Path) -> None:
-    configs, logs, means = {}, {}, {}
-    for row in dict.fromkeys(row for rows in tasks.values() for row in rows):
-        folder = Path(row).parent
-        if row.endswith(".pt") and (folder / "config.json").exists():  # a run of ce_clip.py
-            configs[row] = json.loads((folder / "config.json").read_text())
-            logs[row] = read_lines(folder / "log.jsonl")
-    for row, config in configs.items():
-        label = [row]
-        for name, value in config.items():
+def curves(path: Path, log: list[dict], columns: list[str]) -> None:
+    figure = new_figure(8, 4)
+    axes = figure.subplots()
+    for column in columns:
+        if column in log[0]:
+            axes.plot([line["step"] for line in log], [line[column] for line in log], label=column)
+    axes.legend()
+    figure.savefig(path)
+
+
+def pictures(path: Path, panels: list[tuple]) -> None:
+    """Ten of the panels, from all over the list: path, box or None, lines of (text, colour)."""
+    figure = new_figure(16, 10)
+    for n, (image, box, lines) in enumerate(panels[:: 1 + len(panels) // 10], 1):
+        axes = figure.add_subplot(5, 2, n)
+        axes.imshow(open_image(image, box).resize((256, 256)))
+        axes.axis("off")
+        axes.set_anchor("W")
+        for row, (text, color) in enumerate(lines):
+            axes.text(275, 25 + 45 * row, text, color=color, in_layout=False)
+    figure.savefig(path)
+
+
+def draw_runs(rows: dict[str, dict], out: Path) -> None:
+    configs, means = {}, {}
+    for row in rows:
+        run_folder = Path(row).parent
+        if row.endswith(".pt") and (run_folder / "config.json").exists():  # a run of ce_clip.py
+            configs[row] = json.loads((run_folder / "config.json").read_text())
+            log = read_lines(run_folder / "log.jsonl")
+            thresholds = [f"threshold_{kind}" for kind in KINDS]
+            curves(out / f"fig5b-{run_folder.name}.png", log, thresholds)
+            curves(out / f"fig5d-{run_folder.name}.png", log, ["itc", "imc", "cmr"])
+    for row, cells in rows.items():
+        label = [row]  # and the settings in which the runs differ
+        for name, value in configs.get(row, {}).items():
             if name != "captions" and any(other[name] != value for other in configs.values()):
                 label.append(f"{name} {value}")
-        values = [tasks[name][row]["value"] for name in COMPOSITIONAL if name in tasks]
+        values = [cells[task]["value"] for task in COMPOSITIONAL if task in cells]
         values = [value for value in values if value is not None]
         if values:
-            means["\n".join(label)] = [statistics.mean(values)] * 3
-    draw(out / "fig4-5a-5c-6.png", bars, [("compositional tasks, mean %", means)])
-
-    thresholds = [f"threshold_{kind}" for kind in KINDS]
-    for name, keys in (("fig5b", thresholds), ("fig5d", ["itc", "imc", "cmr"])):
-        panels = []
-        for row, log in logs.items():
-            there = [key for key in keys if log and key in log[0]]
-            content = {key: [(line["step"], line[key]) for line in log] for key in there}
-            panels.append((row, content))
-        draw(out / f"{name}.png", curves, panels)
+            means["\n".join(label)] = [np.mean(values)]
+    bars(out / "fig4-5a-5c-6.png", means)
 
 
-def interval(values: list[float], resamples: int = 50_000) -> list[float]:
-    """[mean, low, high]: the 99 % bootstrap interval of the mean (Sec. 4.5)."""
-    values = torch.tensor(values)
-    generator = torch.Generator().manual_seed(0)
-    means = []
-    for _ in range(resamples):
-        drawn = torch.randint(len(values), (len(values),), generator=generator)
-        means.append(values[drawn].mean())
-    bounds = torch.stack(means).quantile(torch.tensor([0.005, 0.995]))
-    return [values.mean().item(), *bounds.tolist()]
-
-
-def draw_fig_8(items: list[dict], path: Path) -> None:
-    """How close a caption and its negative are, and how far apart for the picture."""
-    similarity, gap = defaultdict(list), defaultdict(list)
+def draw_items(items: list[dict], out: Path) -> None:
+    values, decided = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
     for item in items:
-        if item["benchmark"] in ("aro", "pairs"):
-            similarity[item["row"]].append(item["similarity"])
-            gap[item["row"]].append(item["scores"][0] - item["scores"][1])
+        path, box = item["picture"]
+        key = (path, box and tuple(box), item["positive"], item["negative"])
+        decided[key][item["row"]] = "right" if item["right"] else "wrong"
+        for what in ("similarity", "gap"):
+            values[f"fig8-{item['benchmark']}-{what}"][item["row"]].append(item[what])
+    for name, content in values.items():
+        if "aro" in name or "pairs" in name:
+            bars(out / f"{name}.png", content)
     panels = []
-    for title, rows in (("S(T, T_hn)", similarity), ("S(I, T) - S(I, T_hn)", gap)):
-        panels.append((title, {row: interval(values) for row, values in rows.items()}))
-        for row, (mean, low, high) in panels[-1][1].items():
-            print(f"{title} of {row}: {mean:.4f} [{low:.4f}, {high:.4f}]")
-    draw(path, bars, panels)
-
-
-def draw_items(items: list[dict], path: Path) -> None:
-    """Fig. 9 and 10: twelve items that one row gets right, and another one wrong."""
-    alike = defaultdict(list)
-    for item in items:
-        alike[item["image"], str(item["box"]), item["positive"], item["negative"]].append(item)
-    panels = []
-    for same in alike.values():
-        if len({item["right"] for item in same}) > 1:
-            lines = [(same[0]["positive"], GREEN), (same[0]["negative"], RED)]
-            for item in same:
-                lines.append((f"{item['row']}: {'right' if item['right'] else 'wrong'}", "gray"))
-            panels.append(("", (item["image"], item["box"], lines)))
-    draw(path, picture, panels[:: max(1, len(panels) // 12)][:12], columns=2, height=2)
+    for (path, box, positive, negative), rows in decided.items():
+        if len(set(rows.values())) > 1:
+            lines = [(f"{row}: {what}", "gray") for row, what in rows.items()]
+            panels.append((path, box, [(positive, GREEN), (negative, RED), *lines]))
+    pictures(out / "fig9-10.png", panels)
 
 
 def draw_negatives(records: list[dict], images: Path, path: Path) -> None:
-    """Fig. 2: eight captions, from all over the file, that have a relation negative."""
-    records = [record for record in records if record.get("relation")]
     panels = []
-    for record in records[:: max(1, len(records) // 8)][:8]:
-        lines = [(f"{kind}: {record[kind]}", RED) for kind in KINDS if record.get(kind)]
-        lines.insert(0, (record["caption"], GREEN))
-        panels.append(("", (images / record["image"], record.get("box"), lines)))
-    draw(path, picture, panels, columns=2, height=2)
+    for record in records:
+        if record["relation"]:
+            lines = [(f"{kind}: {record[kind]}", RED) for kind in KINDS if record[kind]]
+            lines.insert(0, (record["caption"], GREEN))
+            panels.append((images / record["image"], record.get("box"), lines))
+    pictures(path, panels)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -151,22 +125,19 @@ def read_lines(path: Path) -> list[dict]:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--results", type=Path, help="folder that eval_bench.py --out wrote")
-    source.add_argument("--negatives", type=Path, help="a .jsonl of negatives.py")
+    p.add_argument("--results", type=Path, help="folder that eval_bench.py --out wrote")
+    p.add_argument("--negatives", type=Path, help="a .jsonl of negatives.py")
     p.add_argument("--images", type=Path, default=".", help="picture folder of --negatives")
     p.add_argument("--out", type=Path, required=True, help="folder of the figures")
     args = p.parse_args()
-    with naming(args.results or args.negatives, "what eval_bench.py or negatives.py writes"):
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.results:
-            draw_runs(json.loads((args.results / "results.json").read_text())["tasks"], args.out)
-            items = read_lines(args.results / "items.jsonl")
-            draw_fig_8(items, args.out / "fig8.png")
-            draw_items(items, args.out / "fig9-10.png")
-        else:
-            path = args.out / f"{args.negatives.resolve().parent.name}.png"
-            draw_negatives(read_lines(args.negatives), args.images, path)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.results:
+        results = json.loads((args.results / "results.json").read_text())
+        draw_runs(results["benchmarks"]["table_5"], args.out)
+        draw_items(read_lines(args.results / "items.jsonl"), args.out)
+    if args.negatives:
+        path = args.out / f"{args.negatives.resolve().parent.name}.png"
+        draw_negatives(read_lines(args.negatives), args.images, path)
 
 
 if __name__ == "__main__":

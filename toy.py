@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from negatives import BadInput, naming, run
+from negatives import BadInput, run
 
 COLORS = {
     "red": (220, 40, 35),
@@ -47,17 +47,13 @@ P_SINGLE = 0.12  # the caption names one object only, so that missing negatives 
 # ---- Objects: shapes in units of the object's half-width, from its centre; y grows downwards -----
 
 
-class Oval(NamedTuple):
-    left: float
-    top: float
-    right: float
-    bottom: float
+class Part(NamedTuple):
+    points: list[tuple[float, float]]  # two: the corners of an oval's box
     hole: bool = False  # grey, whatever the object's colour
 
 
-class Polygon(NamedTuple):
-    points: list[tuple[float, float]]
-    hole: bool = False
+def oval(left, top, right, bottom, hole=False) -> Part:
+    return Part([(left, top), (right, bottom)], hole)
 
 
 def arc(n: int, first: float, step: float, radius: float = 1) -> list[tuple[float, float]]:
@@ -71,66 +67,66 @@ OUTER, INNER = arc(17, 0.3, 1.4 / 16), arc(17, 1.7, -1.4 / 16, radius=0.82)  # o
 
 SHAPES = {
     "cat": [
-        Oval(-0.8, -0.6, 0.8, 1),
-        Polygon([(-0.8, -1), (-0.1, -0.5), (-0.8, 0.2)]),
-        Polygon([(0.8, -1), (0.1, -0.5), (0.8, 0.2)]),
-        Oval(-0.45, -0.1, -0.15, 0.2, hole=True),
-        Oval(0.15, -0.1, 0.45, 0.2, hole=True),
+        oval(-0.8, -0.6, 0.8, 1),
+        Part([(-0.8, -1), (-0.1, -0.5), (-0.8, 0.2)]),
+        Part([(0.8, -1), (0.1, -0.5), (0.8, 0.2)]),
+        oval(-0.45, -0.1, -0.15, 0.2, hole=True),
+        oval(0.15, -0.1, 0.45, 0.2, hole=True),
     ],
     "fish": [
-        Oval(-0.4, -0.6, 1, 0.6),
-        Polygon([(-1, -0.6), (-0.1, 0), (-1, 0.6)]),
-        Oval(0.5, -0.25, 0.75, 0, hole=True),
+        oval(-0.4, -0.6, 1, 0.6),
+        Part([(-1, -0.6), (-0.1, 0), (-1, 0.6)]),
+        oval(0.5, -0.25, 0.75, 0, hole=True),
     ],
     "bird": [
-        Oval(-0.6, -0.3, 0.5, 0.8),
-        Oval(0.1, -0.9, 0.8, -0.2),
-        Polygon([(0.7, -0.7), (1, -0.5), (0.7, -0.4)]),
-        Polygon([(-1, -0.6), (-0.3, 0), (-0.5, 0.4)]),
+        oval(-0.6, -0.3, 0.5, 0.8),
+        oval(0.1, -0.9, 0.8, -0.2),
+        Part([(0.7, -0.7), (1, -0.5), (0.7, -0.4)]),
+        Part([(-1, -0.6), (-0.3, 0), (-0.5, 0.4)]),
     ],
     "car": [
-        Polygon([(-0.6, -0.1), (-0.4, -0.6), (0.4, -0.6), (0.6, -0.1)]),  # the cabin
-        Polygon([(-1, 0.5), (-1, -0.1), (0.6, -0.1), (1, 0), (1, 0.5)]),
-        Oval(-0.75, 0.2, -0.2, 0.75),
-        Oval(0.2, 0.2, 0.75, 0.75),
-        Oval(-0.6, 0.35, -0.35, 0.6, hole=True),
-        Oval(0.35, 0.35, 0.6, 0.6, hole=True),
+        Part([(-0.6, -0.1), (-0.4, -0.6), (0.4, -0.6), (0.6, -0.1)]),  # the cabin
+        Part([(-1, 0.5), (-1, -0.1), (0.6, -0.1), (1, 0), (1, 0.5)]),
+        oval(-0.75, 0.2, -0.2, 0.75),
+        oval(0.2, 0.2, 0.75, 0.75),
+        oval(-0.6, 0.35, -0.35, 0.6, hole=True),
+        oval(0.35, 0.35, 0.6, 0.6, hole=True),
     ],
     "boat": [
-        Polygon([(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)]),
-        Polygon([(-0.1, -1), (-0.1, 0.2), (-0.8, 0.2)]),
-        Polygon([(0.1, -0.8), (0.7, 0.2), (0.1, 0.2)]),
+        Part([(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)]),
+        Part([(-0.1, -1), (-0.1, 0.2), (-0.8, 0.2)]),
+        Part([(0.1, -0.8), (0.7, 0.2), (0.1, 0.2)]),
     ],
-    "ball": [Oval(-1, -1, 1, 1)],
-    "star": [Polygon([point for pair in zip(TIPS, DENTS) for point in pair])],
+    "ball": [oval(-1, -1, 1, 1)],
+    "star": [Part([point for pair in zip(TIPS, DENTS) for point in pair])],
     "tree": [
-        Polygon([(0, -1), (0.6, -0.2), (-0.6, -0.2)]),
-        Polygon([(0, -0.5), (0.8, 0.5), (-0.8, 0.5)]),
-        Polygon([(-0.15, 0.5), (0.15, 0.5), (0.15, 1), (-0.15, 1)]),
+        Part([(0, -1), (0.6, -0.2), (-0.6, -0.2)]),
+        Part([(0, -0.5), (0.8, 0.5), (-0.8, 0.5)]),
+        Part([(-0.15, 0.5), (0.15, 0.5), (0.15, 1), (-0.15, 1)]),
     ],
     "barn": [
-        Polygon([(-1, -0.1), (0, -1), (1, -0.1)]),
-        Polygon([(-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1)]),
-        Polygon([(-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1)], hole=True),
+        Part([(-1, -0.1), (0, -1), (1, -0.1)]),
+        Part([(-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1)]),
+        Part([(-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1)], hole=True),
     ],
     "cup": [
-        Oval(0.1, -0.5, 1, 0.5),
-        Oval(0.35, -0.25, 0.75, 0.25, hole=True),
-        Polygon([(-0.9, -0.8), (0.6, -0.8), (0.4, 0.8), (-0.7, 0.8)]),
+        oval(0.1, -0.5, 1, 0.5),
+        oval(0.35, -0.25, 0.75, 0.25, hole=True),
+        Part([(-0.9, -0.8), (0.6, -0.8), (0.4, 0.8), (-0.7, 0.8)]),
     ],
     "heart": [
-        Oval(-1, -0.9, 0.05, 0.1),
-        Oval(-0.05, -0.9, 1, 0.1),
-        Polygon([(-0.95, -0.2), (0.95, -0.2), (0, 1)]),
+        oval(-1, -0.9, 0.05, 0.1),
+        oval(-0.05, -0.9, 1, 0.1),
+        Part([(-0.95, -0.2), (0.95, -0.2), (0, 1)]),
     ],
-    "moon": [Polygon(OUTER + [(0.5 + x, y) for x, y in INNER])],
+    "moon": [Part(OUTER + [(0.5 + x, y) for x, y in INNER])],
     "hat": [
-        Polygon([(-1, 0.3), (1, 0.3), (1, 0.65), (-1, 0.65)]),
-        Polygon([(-0.55, -0.8), (0.55, -0.8), (0.65, 0.3), (-0.65, 0.3)]),
+        Part([(-1, 0.3), (1, 0.3), (1, 0.65), (-1, 0.65)]),
+        Part([(-0.55, -0.8), (0.55, -0.8), (0.65, 0.3), (-0.65, 0.3)]),
     ],
     "flower": [
-        *(Oval(x - 0.42, y - 0.42, x + 0.42, y + 0.42) for x, y in arc(5, 0, 0.4, radius=0.6)),
-        Oval(-0.3, -0.3, 0.3, 0.3, hole=True),
+        *(oval(x - 0.42, y - 0.42, x + 0.42, y + 0.42) for x, y in arc(5, 0, 0.4, radius=0.6)),
+        oval(-0.3, -0.3, 0.3, 0.3, hole=True),
     ],
 }
 OBJECTS = tuple(SHAPES)
@@ -151,12 +147,9 @@ def draw_object(draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius
     """One object with centre (x, y) and half-width `radius`, in pixels of the picture."""
     x, y, radius = OVERSAMPLING * x, OVERSAMPLING * y, OVERSAMPLING * radius
     for part in SHAPES[name]:
-        fill = (128, 128, 128) if part.hole else color
-        if isinstance(part, Oval):
-            left, top, right, bottom = (radius * a for a in part[:4])
-            draw.ellipse((x + left, y + top, x + right, y + bottom), fill)
-        else:
-            draw.polygon([(x + radius * a, y + radius * b) for a, b in part.points], fill)
+        shape = draw.ellipse if len(part.points) == 2 else draw.polygon
+        points = [(x + radius * a, y + radius * b) for a, b in part.points]
+        shape(points, (128, 128, 128) if part.hole else color)
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
@@ -213,25 +206,20 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
 # ---- Captions, and the truth about them ----------------------------------------------------------
 
 
-def noun_phrase(color: str | None, noun: str) -> str:
-    return f"a {color} {noun}" if color else f"a {noun}"
-
-
 def describe(scene: Scene, subject_color: bool = True, object_color: bool = True) -> str:
     """ "a red cat is chasing a blue ball"; a colour is left out where its flag is False."""
-    subject = noun_phrase(scene.subject_color if subject_color else None, scene.subject)
-    object_ = noun_phrase(scene.object_color if object_color else None, scene.object)
-    return f"{subject} is {scene.relation} {object_}"
+    subject = f"{scene.subject_color} {scene.subject}" if subject_color else scene.subject
+    object_ = f"{scene.object_color} {scene.object}" if object_color else scene.object
+    return f"a {subject} is {scene.relation} a {object_}"
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """One caption: each colour named with probability 0.5; 12 % name a single object."""
-    named = rng.random() < P_COLOR, rng.random() < P_COLOR
+    text = describe(scene, rng.random() < P_COLOR, rng.random() < P_COLOR)
     if rng.random() >= P_SINGLE:
-        return describe(scene, *named)
-    if rng.random() < 0.5:
-        return noun_phrase(scene.subject_color if named[0] else None, scene.subject)
-    return noun_phrase(scene.object_color if named[1] else None, scene.object)
+        return text
+    subject, object_ = text.split(f" is {scene.relation} ")
+    return subject if rng.random() < 0.5 else object_
 
 
 def is_true(text: str, scene: Scene) -> bool | None:
@@ -245,17 +233,15 @@ def is_true(text: str, scene: Scene) -> bool | None:
     if not match:
         return None
     color_1, noun_1, relation, color_2, noun_2 = match.groups()
-    subject, object_ = (scene.subject, scene.subject_color), (scene.object, scene.object_color)
-
-    def fits(color, noun, thing):
-        return noun == thing[0] and color in (None, thing[1])
-
-    if relation is None:
-        return fits(color_1, noun_1, subject) or fits(color_1, noun_1, object_)
     if INVERSE.get(relation) == scene.relation:
-        subject, object_, relation = object_, subject, scene.relation
-    both = fits(color_1, noun_1, subject) and fits(color_2, noun_2, object_)
-    return both and relation == scene.relation
+        scene = Scene(
+            scene.object, scene.object_color, relation, scene.subject, scene.subject_color
+        )
+    subject = noun_1 == scene.subject and color_1 in (None, scene.subject_color)
+    if relation is None:
+        return subject or (noun_1 == scene.object and color_1 in (None, scene.object_color))
+    object_ = noun_2 == scene.object and color_2 in (None, scene.object_color)
+    return subject and object_ and relation == scene.relation
 
 
 def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str]]:
@@ -281,7 +267,7 @@ def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, st
     if relation in INVERSE:
         yield "above/below", full, describe(scene._replace(relation=INVERSE[relation]))
     yield "add color", plain, describe(scene._replace(subject_color=color), True, False)
-    yield "add object", full, f"{full} and {noun_phrase(color, noun)}"
+    yield "add object", full, f"{full} and a {color} {noun}"
 
 
 # One token a word, for CLIP's 49,408 would be most of a tiny model. The end has the highest number,
@@ -289,16 +275,11 @@ def true_false_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[str, st
 WORDS = sorted(["a", "an", "and", "is", *OBJECTS, *COLORS, *RELATIONS])
 WORDS = ["[PAD]", "[UNK]", *WORDS, "[START]", "[END]"]
 TOKENS = {word: number for number, word in enumerate(WORDS)}
+TEXT = {"context_length": 16, "vocab_size": len(WORDS), "width": 64, "heads": 2, "layers": 2}
 MODEL = {  # open_clip's config of the tiny CLIP
     "embed_dim": 64,
     "vision_cfg": {"image_size": PIXELS, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": len(WORDS),
-        "width": 64,
-        "heads": 2,
-        "layers": 2,
-    },
+    "text_cfg": TEXT,
     "init_logit_scale": math.log(50),
 }
 
@@ -311,7 +292,7 @@ def save_model_config(folder: Path) -> None:
     words.post_processor = processors.TemplateProcessing("[START] $A [END]", special_tokens=ends)
     saved = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     saved.save_pretrained(folder / "tokenizer")
-    text = MODEL["text_cfg"] | {"hf_tokenizer_name": str(folder / "tokenizer")}
+    text = TEXT | {"hf_tokenizer_name": str(folder / "tokenizer")}
     (folder / "model.json").write_text(json.dumps(MODEL | {"text_cfg": text}, indent=1))
 
 
@@ -345,8 +326,7 @@ def make_world(folder: Path, seed: int = 0, train: int = 8192, test: int = 1000)
         captions = [caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE)]
         entries.append((image, captions if i < train else [describe(scene)]))
     save_model_config(folder)
-    test_images = [image for image, _ in entries[train:]]
-    lines = [json.dumps(r) + "\n" for image in test_images for r in pair_records(image)]
+    lines = [json.dumps(r) + "\n" for image, _ in entries[train:] for r in pair_records(image)]
     (folder / "negatives_test.jsonl").write_text("".join(lines))
     write_coco(folder / "captions_test.json", entries[train:])
     write_coco(folder / "captions_train.json", entries[:train])
@@ -377,8 +357,7 @@ def main() -> None:
     args = p.parse_args()
     if (args.out / "captions_train.json").exists():
         raise BadInput(f"{args.out} holds a world: give another --out, or delete it")
-    with naming(args.out, "a folder that can be written"):
-        make_world(args.out, args.seed)
+    make_world(args.out, args.seed)
 
 
 if __name__ == "__main__":

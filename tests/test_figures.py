@@ -11,52 +11,41 @@ import figures
 from negatives import KINDS, run
 
 pytest.importorskip("matplotlib")
-FULL = {"losses": "itc,hn,imc,cmr", "kinds": list(KINDS), "threshold": None, "upper_bound": 10.0}
-FULL |= {"alpha": 0.2, "beta": 0.4, "seed": 42}
+SETTINGS = {"kinds": list(KINDS), "threshold": None, "alpha": 0.2, "beta": 0.4, "seed": 42}
+RUNS = {"full": {}, "object": {"kinds": ["object"]}, "fixed": {"threshold": 5.0}}
 
 
 def cell(value):
     return {"value": value, "scored": 10, "total": 10, "ties": 0}
 
 
-RUNS = {
-    "full": {},
-    "object": {"kinds": ["object"]},
-    "fixed": {"threshold": 5.0},
-    "bound": {"upper_bound": 2.0},
-    "alpha": {"alpha": 0.4},
-    "beta": {"beta": 0.8},
-    "both": {"alpha": 0.4, "beta": 0.8},
-}
-
-
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """What seven runs and their evaluation leave on disk."""
-    monkeypatch.setattr(figures.interval, "__defaults__", (200,))  # not 50,000
-    rows = []
+    """What three runs and their evaluation leave on disk."""
+    monkeypatch.setattr(figures, "SAMPLES", 200)
+    rows = {}
     for n, (name, settings) in enumerate(RUNS.items()):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(FULL | settings))
+        config = SETTINGS | settings | {"captions": [[n, f"digest {n}"]]}
+        (folder / "config.json").write_text(json.dumps(config))
         thresholds = {f"threshold_{kind}": 0.5 * n for kind in KINDS}
         log = [{"step": s, "itc": 5 - s, "imc": 2, "cmr": s, **thresholds} for s in (1, 2, 3)]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        rows.append(str(folder / "epoch_5.pt"))
-    rows += [f"{rows[0]}, WiSE 0.5", "openai"]  # no rows of runs
-    low = {row: cell(30.0 + n) for n, row in enumerate(rows)}  # the mean of the two
-    high = {row: cell(70.0 + n) for n, row in enumerate(rows)}
-    tasks = {"ARO-R": low, "VALSE": high, "SugarCrepe": dict.fromkeys(rows, cell(None))}
-    content = {"tasks": tasks | {"ELEVATER": dict.fromkeys(rows, cell(1.0))}}
+        cells = {"aro Relation": cell(30.0 + n), "vlc Avg": cell(None), "coco T2I R@5": cell(1.0)}
+        rows[str(folder / "epoch_5.pt")] = cells | {"sugarcrepe Avg": cell(70.0 + n)}
+    rows["openai"] = {"pairs mean": cell(40.0)}
+    rows["nothing compositional"] = {"zeroshot imagenet1k": cell(60.0)}
+    content = {"benchmarks": {"table_5": rows}}
     (tmp_path / "results.json").write_text(json.dumps(content))
     Image.effect_noise((40, 30), 50).save(tmp_path / "1.png")
     lines = []
     for negative, right in (("a cat", True), ("a cow", False), ("an ox", True)):
-        item = {"image": str(tmp_path / "1.png"), "box": [5, 5, 20, 20], "group": "Relation"}
-        item |= {"positive": "a dog", "negative": negative, "benchmark": "aro"}
-        item |= {"scores": [0.5, 0.25], "similarity": 0.75}
-        lines.append(item | {"row": "full", "right": right})
-        lines.append(item | {"row": "openai", "right": negative == "an ox"})
+        item = {"benchmark": "aro", "picture": [str(tmp_path / "1.png"), [5, 5, 20, 20]]}
+        item |= {"positive": "a dog", "negative": negative, "similarity": 0.75}
+        lines.append(item | {"row": "full", "right": right, "gap": 0.25})
+        lines.append(item | {"row": "openai", "right": negative == "an ox", "gap": -0.25})
+    lines.append(lines[0] | {"benchmark": "valse"})  # Fig. 8 is of ARO
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
@@ -69,8 +58,9 @@ def command(monkeypatch, *arguments):
 def test_every_figure_is_drawn(results, monkeypatch, tmp_path):
     out = tmp_path / "figures"
     command(monkeypatch, "--results", results, "--out", out)
-    names = ["fig4-5a-5c-6", "fig5b", "fig5d", "fig8", "fig9-10"]
-    assert sorted(path.stem for path in out.iterdir()) == names
+    names = {"fig4-5a-5c-6", "fig8-aro-similarity", "fig8-aro-gap", "fig9-10"}
+    names |= {f"fig5{part}-{name}" for part in "bd" for name in RUNS}
+    assert {path.stem for path in out.iterdir()} == names
     for path in out.iterdir():
         dark, light = Image.open(path).convert("L").getextrema()
         assert (dark < 100, light) == (True, 255), path
@@ -78,59 +68,47 @@ def test_every_figure_is_drawn(results, monkeypatch, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """{figure: [(title, content) of each panel]}, in place of drawing."""
+    """{figure: what it shows}, in place of drawing."""
     found = {}
-    keep = lambda path, plot, panels, *_, **__: found.update({path.stem: panels})  # noqa: E731
-    monkeypatch.setattr(figures, "draw", keep)
+    for plot in ("bars", "curves", "pictures"):
+        keep = lambda path, *content: found.update({path.stem: content})  # noqa: E731
+        monkeypatch.setattr(figures, plot, keep)
     return found
 
 
 def test_what_the_figures_show(results, monkeypatch, shown):
     command(monkeypatch, "--results", results, "--out", results)
-    runs = results / "runs"
-    [(_, content)] = shown["fig4-5a-5c-6"]
-    assert list(content.values()) == [[50 + n] * 3 for n in range(len(RUNS))]  # no other rows
-    kinds, differ = f"kinds {list(KINDS)}", "\nthreshold 5.0\nupper_bound 10.0\nalpha 0.2\nbeta 0.4"
-    assert [*content][2] == f"{runs}/fixed/epoch_5.pt\n{kinds}{differ}"
-    content = dict(shown["fig5d"])[f"{runs}/full/epoch_5.pt"]
-    assert content["itc"] == [(1, 4), (2, 3), (3, 2)] and content["cmr"] == [(1, 1), (2, 2), (3, 3)]
-    content = dict(shown["fig5b"])[f"{runs}/fixed/epoch_5.pt"]
-    assert content["threshold_action"] == [(1, 1), (2, 1), (3, 1)]
-    same = {"full": [0.75] * 3, "openai": [0.75] * 3}
-    gap = {"full": [0.25] * 3, "openai": [0.25] * 3}
-    assert shown["fig8"] == [("S(T, T_hn)", same), ("S(I, T) - S(I, T_hn)", gap)]
-    [(_, (image, box, lines))] = shown["fig9-10"]  # the one item on which rows disagree
-    assert (image, box) == (str(results / "1.png"), [5, 5, 20, 20])
+    [means] = shown["fig4-5a-5c-6"]
+    assert list(means.values()) == [[50], [51], [52], [40]]
+    labels = [label.split("\n") for label in means]
+    assert labels[0] == [
+        f"{results}/runs/full/epoch_5.pt",
+        f"kinds {list(KINDS)}",
+        "threshold None",
+    ]
+    assert labels[1][1] == "kinds ['object']"
+    assert labels[2][1:] == [f"kinds {list(KINDS)}", "threshold 5.0"]
+    assert labels[3] == ["openai"]
+    log, columns = shown["fig5b-fixed"]
+    assert [line[column] for line in log for column in columns] == [1] * 12
+    log, columns = shown["fig5d-full"]
+    assert [[line[column] for line in log] for column in columns] == [[4, 3, 2], [2] * 3, [1, 2, 3]]
+    assert shown["fig8-aro-similarity"] == ({"full": [0.75] * 3, "openai": [0.75] * 3},)
+    assert shown["fig8-aro-gap"] == ({"full": [0.25] * 3, "openai": [-0.25] * 3},)
+    [[(image, box, lines)]] = shown["fig9-10"]  # the one item on which rows disagree
+    assert (image, box) == (str(results / "1.png"), (5, 5, 20, 20))
     assert lines[:2] == [("a dog", figures.GREEN), ("a cat", figures.RED)]
     assert lines[2:] == [("full: right", "gray"), ("openai: wrong", "gray")]
 
 
-def test_interval_is_the_normals():
+def test_the_interval_is_the_normals(monkeypatch, tmp_path, capsys):
     """A gap of 1 in 100 of 400 items."""
+    monkeypatch.setattr(figures, "SAMPLES", 20_000)
+    figures.bars(tmp_path / "a.png", {"full": [1.0] * 100 + [0.0] * 300})
     half = 2.5758 * math.sqrt(0.25 * 0.75 / 400)
-    found = figures.interval([1.0] * 100 + [0.0] * 300, 20_000)
-    assert found == pytest.approx([0.25, 0.25 - half, 0.25 + half], abs=0.1 * half)
-
-
-def test_bars_have_the_interval_as_error():
-    from matplotlib.figure import Figure
-
-    axes = Figure().subplots()
-    figures.bars(axes, {"a": [0.5, 0.25, 1.0], "b": [2.0, 1.0, 4.0]})
-    assert [bar.get_width() for bar in axes.patches] == [0.5, 2]
-    segments = axes.collections[0].get_segments()
-    assert [segment[:, 0].tolist() for segment in segments] == [[0.25, 1], [1, 4]]
-
-
-def test_what_is_missing_is_said(results, monkeypatch, capsys):
-    rows = {"openai": cell(40.0)}
-    content = {"tasks": {"ARO-R": rows}}
-    (results / "results.json").write_text(json.dumps(content))
-    (results / "items.jsonl").write_text("")
-    command(monkeypatch, "--results", results, "--out", results / "none")
-    printed = capsys.readouterr().out
-    assert printed.count("is not drawn: there is nothing to show") == 5
-    assert not any((results / "none").iterdir())
+    mean, low, high = (float(x.strip("[],")) for x in capsys.readouterr().out.split()[-3:])
+    assert mean == 0.25
+    assert [low, high] == pytest.approx([0.25 - half, 0.25 + half], abs=0.1 * half)
 
 
 def test_mistakes_are_one_line(results, monkeypatch):
@@ -143,8 +121,6 @@ def test_mistakes_are_one_line(results, monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "matplotlib.figure", None)
         assert "pip install matplotlib" in message()
-    (results / "results.json").write_text("{}")
-    assert f"{results} is not what eval_bench.py" in message()
     (results / "results.json").unlink()
     assert "results.json: No such file" in message()
 
@@ -152,10 +128,10 @@ def test_mistakes_are_one_line(results, monkeypatch):
 def test_captions_with_their_negatives(world, monkeypatch, tmp_path, shown):
     arguments = ["--negatives", world / "negatives.jsonl", "--images", world, "--out", tmp_path]
     command(monkeypatch, *arguments)
-    panels = shown[world.name]
+    [panels] = shown[world.name]
     records = figures.read_lines(world / "negatives.jsonl")
-    assert len(panels) == 8 < sum(record["relation"] is not None for record in records)
-    _, (path, box, lines) = panels[0]
+    assert len(panels) == sum(record["relation"] is not None for record in records)
+    path, box, lines = panels[0]
     first = records[1]  # the first with a relation negative; every third kind is missing
     assert (path, box) == (world / first["image"], None)
     assert lines[:2] == [
@@ -163,3 +139,14 @@ def test_captions_with_their_negatives(world, monkeypatch, tmp_path, shown):
         (f"relation: {first['relation']}", figures.RED),
     ]
     assert len(lines) == 1 + sum(first[kind] is not None for kind in KINDS) < 5
+
+
+def test_ten_of_the_panels_are_drawn(world, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(
+        figures, "open_image", lambda *a: drawn.append(a[0]) or Image.new("RGB", (9, 9))
+    )
+    for count in (1, 9, 10, 11, 57):
+        drawn.clear()
+        figures.pictures(tmp_path / "a.png", [(n, None, [("a", "gray")]) for n in range(count)])
+        assert min(count, 5) <= len(drawn) <= 10 and drawn[0] == 0
