@@ -18,10 +18,10 @@ import math
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections import namedtuple
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -237,29 +237,15 @@ def similarities(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Te
 # ---- Models and checkpoints: open_clip's CLIPs, and X-VLM ----------------------------------------
 
 
-class Loaded(NamedTuple):
-    """A model with what must travel with it: its name and config (so that the activation cannot be
-    lost), its two image transforms and its tokenizer."""
-
-    model: nn.Module
-    name: str
-    config: dict
-    train_transform: Callable
-    eval_transform: Callable
-    tokenizer: Callable
+# a model with what must travel with it: with name and config, its activation cannot be lost
+Loaded = namedtuple("Loaded", "model name config train_transform eval_transform tokenizer")
 
 
-def build_model(
-    name: str, tag: str | None = None, config: dict | None = None, preprocess: dict | None = None
-) -> Loaded:
-    """A model by its open_clip name, "xvlm", or the path of a model config (.json).
-
-    tag         of open_clip's pretrained weights; None = random weights
-    config      open_clip's model config, for a name that open_clip does not know
-    preprocess  open_clip's image_mean, image_std ..., where the tag does not say
-    Some weights, OpenAI's among them, need QuickGELU, which open_clip 3 only warns about: we take
-    the model's -quickgelu twin. Raises BadInput.
-    """
+def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
+    """A model by its open_clip name, "xvlm", or the path of a model config (.json); with random
+    weights, or those of a tag. OpenAI's and some others need QuickGELU, which open_clip 3 only
+    warns about: we take the model's -quickgelu twin. `config` is that of a name which open_clip
+    does not know, `preprocess` its image_mean, image_std ..., where no tag says them."""
     if name.endswith(".json"):
         with naming(name, "a model config"):
             config = dict(json.loads(Path(name).read_text(encoding="utf-8")))
@@ -276,10 +262,7 @@ def build_model(
             path.write_text(json.dumps(config))
             open_clip.add_model_config(path)
     if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
-        twin = f"{name}-quickgelu"
-        name = twin if open_clip.get_model_config(twin) else name
-    if open_clip.get_model_config(name) is None:
-        raise BadInput(f"open_clip has no model {name!r} (a config file must end in .json)")
+        name = name.removesuffix("-quickgelu") + "-quickgelu"
     with naming(f"{name} {tag or ''}".strip(), "a model that open_clip can build"):
         parts = open_clip.create_model_and_transforms(name, pretrained=tag, **(preprocess or {}))
         tokenizer = open_clip.get_tokenizer(name)
@@ -295,33 +278,25 @@ DEFAULT_MODEL = "ViT-B-32-quickgelu"  # [Sec. 4.1]
 def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
     """Weights, by the name of
 
-    a file of ours      which knows its model; `name` is not looked at
-    a file of others    a state dict of model `name`, or one that lies in it as "state_dict" or
-                        "model", with or without "module.": NegCLIP's, CE-CLIP's, open_clip's
-    ViT-L-14/openai     a model of open_clip, and a tag of its weights
-    openai              a tag of model `name`
-    Raises BadInput.
+    a file of ours    which knows its model; `name` is not looked at
+    a file of others  a state dict of model `name`, also as its "state_dict" or "model"
+    ViT-L-14/openai   a model of open_clip, and a tag of its weights
+    openai            a tag of model `name`
     """
     if not Path(source).is_file():
         model, _, tag = source.rpartition("/")
-        model = model or name
-        if tag in open_clip.list_pretrained_tags_by_model(model):
-            return build_model(model, tag)
-        raise BadInput(f"{source} is no file, and names no weights of open_clip: TAG or MODEL/TAG")
-    with naming(source, "a checkpoint that can be read"), torch.serialization.safe_globals(NUMPY):
+        if tag not in open_clip.list_pretrained_tags_by_model(model or name):
+            raise BadInput(f"{source} is no file, and no TAG or MODEL/TAG of open_clip's weights")
+        return build_model(model or name, tag)
+    with naming(source, f"a checkpoint of {name}"), torch.serialization.safe_globals(NUMPY):
         # weights_only: a file of others must not be able to run code
-        saved = dict(torch.load(source, map_location="cpu", weights_only=True, mmap=True))
-    if "config" in saved and isinstance(saved.get("model"), str):
-        loaded = build_model(saved["model"], None, saved["config"], saved.get("preprocess"))
-    else:
-        loaded = build_model(name)
-        if not hasattr(loaded.model, "match"):  # a CLIP
-            warning = "does not say its activation: OpenAI's weights need a -quickgelu model"
-            tqdm.write(f"warning: {source}, read as a {name}, {warning}")
-    if isinstance(saved.get("model"), dict):
-        saved["state_dict"] = saved["model"]
-    state = saved.get("state_dict", saved)
-    with naming(source, f"a checkpoint of {loaded.name}"):
+        saved = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(saved.get("model"), str):
+            loaded = build_model(saved["model"], None, saved["config"], saved["preprocess"])
+        else:
+            tqdm.write(f"warning: {source}, read as a {name}, does not say its activation")
+            loaded = build_model(name)
+        state = saved.get("state_dict") or saved.get("model") or saved
         state = {key.removeprefix("module."): value for key, value in state.items()}
         loaded.model.load_state_dict(state)
     return loaded
@@ -336,23 +311,20 @@ def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
     saved = {"model": loaded.name, "config": loaded.config, "preprocess": preprocess}
     saved.update(state_dict=loaded.model.state_dict(), **more)
     part = path.with_suffix(".part")
-    with naming(path, "writable"), part.open("wb") as file:
-        torch.save(saved, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with naming(path, "writable"):
+        torch.save(saved, part)
+        os.replace(part, path)
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit text features (N, D) of tokens (N, L), on the model's device; `tokens` best on the CPU.
+    """Unit text features (N, D) of tokens (N, L), which are best on the CPU.
 
-    open_clip's CLIP attends causally and pools at the end-of-text token (the highest id), so that
-    cutting a batch after its last one changes nothing: captions are encoded in a few chunks sorted
-    by length. Other text towers get their full length.
+    CLIP attends causally and pools at the end-of-text token (the highest id), so that cutting a
+    batch after its last one changes nothing: captions are encoded in a few chunks sorted by length.
     """
     device = model.logit_scale.device
-    causal = getattr(model, "attn_mask", None) is not None
-    if type(model) is not open_clip.CLIP or not causal or model.text_pool_type != "argmax":
+    clip = type(model) is open_clip.CLIP
+    if not clip or model.attn_mask is None or model.text_pool_type != "argmax":
         return model.encode_text(tokens.to(device), normalize=True)
     length = tokens.argmax(1) + 1  # (N,)
     order = length.argsort(stable=True)
@@ -382,19 +354,18 @@ def rank() -> int:
 def gather(x: Tensor) -> Tensor:
     """The rows of x of all processes in rank order, with gradient; x itself on one process.
 
-    Every process computes the same loss from the same gathered rows, so the gradient of its own
-    rows is the true one without communication; DistributedDataParallel then divides by the number
-    of processes, which the hook makes up for. logit_scale is not gathered: every process holds its
-    whole gradient, and the mean of equal values is the value.
+    Every process computes the same loss, so the gradient of its own rows is the true one without
+    communication; DistributedDataParallel then divides by the number of processes, which the hook
+    makes up for. logit_scale needs no gather: every process holds its whole gradient, and the mean
+    of equal values is the value.
     """
     if world_size() == 1:
         return x
     rows = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(rows, x.detach().contiguous())
     if x.requires_grad:
-        own = x.view_as(x)
-        own.register_hook(lambda grad: grad * world_size())
-        rows[rank()] = own
+        x.register_hook(lambda grad: grad * world_size())
+    rows[rank()] = x
     return torch.cat(rows)
 
 
@@ -442,26 +413,21 @@ def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
     for name in args.data:
         if name in DATA:
             captions, images, made = (Path(args.data_root, name, path) for path in DATA[name])
-            for path in (captions, images):
-                if not path.exists():
-                    raise BadInput(f"--data {name} needs {path}: docs/data.md says where to get it")
+            if not images.exists():
+                raise BadInput(f"--data {name} needs {images}: docs/data.md says where to get it")
             if not made.exists() and rank() == 0:
                 negatives.generate(captions, made)
             if world_size() > 1:
                 dist.barrier()
-        elif Path(name).is_file() and args.images:
-            images, made = Path(args.images), Path(name)
+            parts.append(Records(made, images, kinds))
         else:
-            raise BadInput(f"--data {name}: not one of {', '.join(DATA)}, nor a file with --images")
-        parts.append(Records(made, images, kinds))
+            parts.append(Records(Path(name), Path(args.images), kinds))
     return ConcatDataset(parts)
 
 
 def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Image.Image:
-    """One picture in RGB, cropped to box (left, top, right, bottom) if given. Raises BadInput.
-
-    draft  a JPEG at least twice that many pixels wide and high is decoded at half the size, or less
-    """
+    """One picture in RGB, cropped to box (left, top, right, bottom). A JPEG at least twice `draft`
+    pixels wide and high is decoded at half the size, or less."""
     with naming(path, "a picture"), Image.open(path) as image:
         if draft and not box:
             image.draft("RGB", (draft, draft))
@@ -482,21 +448,16 @@ class Pairs(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         path, box, texts = self.records[key[1]]
-        image = open_image(path, box, self.size)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also seed CUDA, at 0.2 ms an item
-            torch.default_generator.manual_seed(hash((self.seed, *key)) % 2**63)
-            image = self.transform(image)
+        # torch.manual_seed would also seed CUDA, at 0.2 ms an item
+        torch.default_generator.manual_seed(hash((self.seed, *key)) % 2**63)
+        image = self.transform(open_image(path, box, self.size))
         valid = torch.tensor([text != "" for text in texts[1:]], dtype=torch.bool)
         return image, self.tokenizer(texts), valid
 
 
 def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """This process's share of every global batch, as (epoch, i) keys for Pairs.
-
-    The global batches do not depend on the number of processes. An epoch's last, incomplete batch
-    is left out.
-    """
+    """This process's share of every global batch, as (epoch, i) keys for Pairs; the batches do not
+    depend on the number of processes. An epoch's last, incomplete one is left out."""
     share = batch_size // world_size()
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
@@ -510,23 +471,17 @@ def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list
 
 class Encoder(nn.Module):
     """What DistributedDataParallel wraps: one forward for pictures and all captions that exist.
-
-    micro_batch  0, or how many pairs at a time have a graph: what the backward pass needs of
-                 them is computed again when it is due. The same gradient in less memory, for
-                 one more forward pass [gradient caching].
-    """
+    With micro_batch only so many pairs at a time have a graph, which the backward pass computes
+    again [gradient caching]: the same gradient in less memory."""
 
     def __init__(self, model: nn.Module, bf16: bool = False, micro_batch: int = 0):
         super().__init__()
         self.model, self.bf16, self.micro_batch = model, bf16, micro_batch
 
     def forward(self, images: Tensor, tokens: Tensor, valid: Tensor):
-        """images (b, 3, H, W), tokens (b, 1 + K, L), valid (b, K) -> unit features image (b, D) and
-        text (b, 1 + K, D), 0 where a negative is missing; exp(logit_scale) (); and the matching
-        loss (1,) of an X-VLM, 0 for all others.
-
-        `tokens` and `valid` stay on the CPU: what is to be encoded is known without a device sync.
-        """
+        """images (b, 3, H, W); on the CPU, to be indexed without a device sync, tokens
+        (b, 1 + K, L) and valid (b, K) -> unit features image (b, D) and text (b, 1 + K, D), 0 where
+        a negative is missing; exp(logit_scale) (); the matching loss (1,) of an X-VLM, else 0."""
         if self.micro_batch:
             chunks = [x.split(self.micro_batch) for x in (images, tokens, valid)]
             parts = [checkpoint(self.encode, *c, use_reentrant=False) for c in zip(*chunks)]
@@ -544,11 +499,10 @@ class Encoder(nn.Module):
             else:
                 image = self.model.encode_image(images, normalize=True)
                 encoded = encode_text(self.model, tokens[exists])
-        image, encoded = image.float(), encoded.float()
-        text = image.new_zeros(exists.numel(), image.shape[-1])
-        where = exists.flatten().nonzero().squeeze(1).to(images.device, non_blocking=True)
-        text = text.index_copy(0, where, encoded)
-        return image, text.view(*exists.shape, -1), itm.float().reshape(1)
+        text = images.new_zeros(exists.numel(), image.shape[-1])
+        where = exists.flatten().nonzero()[:, 0].to(images.device, non_blocking=True)
+        text = text.index_copy(0, where, encoded.float())
+        return image.float(), text.view(*exists.shape, -1), itm.float().reshape(1)
 
 
 def lr_factor(step: int, warmup: int, total: int) -> float:
@@ -595,8 +549,6 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         loaded = loaded._replace(train_transform=loaded.eval_transform)
     # channels_last: faster convolutions of ResNets
     model = loaded.model.to(device, memory_format=torch.channels_last).train()
-    if hasattr(model, "match") and (args.micro_batch or args.lock_image):
-        raise BadInput("--micro-batch and --lock-image are not for an X-VLM")
     if args.lock_image:
         model.visual.requires_grad_(False).eval()
     if args.grad_checkpointing:
@@ -700,7 +652,7 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--data", nargs="+", default=["coco"], help=f"{', '.join(DATA)}, or .jsonl of negatives.py")
-    add("--images", help="picture folder of the .jsonl")
+    add("--images", default=".", help="picture folder of the .jsonl")
     add("--data-root", default="data", help="where the named data lie [ours]")
     add("--no-augmentation", action="store_true", help="pictures as in evaluation [for toy.sh]")
     add("--workers", type=int, default=4, help="loader processes [authors' code: 0]")
@@ -741,11 +693,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "WORLD_SIZE" in os.environ:  # torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # hours may pass while the first process makes negatives
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "WORLD_SIZE" in os.environ:  # torchrun; hours may pass while one process makes negatives
         dist.init_process_group(timeout=timedelta(days=1))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:

@@ -22,7 +22,7 @@ import random
 import re
 import shutil
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -278,18 +278,16 @@ class MaskedLMFiller:
         with naming(f"the masked LM {name}", "here (or: --filler ngram)"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device, dtype).eval()
-        if self.tokenizer.mask_token is None:
-            raise BadInput(f"the tokenizer of {name!r} has no mask token: --mlm needs a masked LM")
-        longest = getattr(self.model.config, "max_position_embeddings", 514) - 2
-        self.max_length = min(longest, self.tokenizer.model_max_length)
+        longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts them from 2
+        self.options = {"padding": True, "truncation": True, "max_length": longest}
         # the head of the model sees what its base model hands on: one position a row
         self.model.base_model.register_forward_hook(self._keep_masked)
         # whole words: BPE and SentencePiece mark where one starts, WordPiece where one goes on
-        tokens = self.tokenizer.convert_ids_to_tokens(range(self.model.config.vocab_size))
-        start = "[Ġ▁]+" if any(token and token[0] in "Ġ▁" for token in tokens) else ""
+        tokens = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        start = "[Ġ▁]+" if any(token.startswith(("Ġ", "▁")) for token in tokens) else ""
         self.words = {}  # token number -> word
         for number, token in enumerate(tokens):
-            if match := re.fullmatch(f"{start}([A-Za-z]+)", token or ""):
+            if match := re.fullmatch(f"{start}([A-Za-z]+)", token):
                 self.words[number] = match[1]
         self.word_ids = torch.tensor(list(self.words), device=self.device)
 
@@ -297,44 +295,31 @@ class MaskedLMFiller:
         output["last_hidden_state"] = output["last_hidden_state"][self.is_mask][:, None]
         return output
 
+    @torch.inference_mode()
     def __call__(self, requests: list[tuple[list[Word], int]]) -> list[list[str]]:
-        if not requests:
-            return []
-        mask = self.tokenizer.mask_token_id
         texts = []
         for words, i in requests:
             masked = words[i]._replace(text=self.tokenizer.mask_token)
             texts.append(text_of([*words[:i], masked, *words[i + 1 :]]))
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        # a caption that holds the mask's own text, or lost it by truncation, gets no words
-        usable = [n for n, row in enumerate(ids) if row.count(mask) == 1]
-        usable.sort(key=lambda n: len(ids[n]))  # rows of one length need no padding
-        found = [[] for _ in requests]
-        for start in range(0, len(usable), MASKS):
-            batch = usable[start : start + MASKS]
-            inputs = self.tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt")
+        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # little padding
+        found = [[] for _ in requests]  # and so it stays where truncation took the mask
+        for start in range(0, len(order), MASKS):
+            batch = order[start : start + MASKS]
+            inputs = self.tokenizer([texts[n] for n in batch], return_tensors="pt", **self.options)
             inputs = inputs.to(self.device)
-            self.is_mask = inputs["input_ids"] == mask
-            with torch.inference_mode():
-                logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (rows, words)
+            self.is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id
+            logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (masks, words)
             best = self.word_ids[logits.topk(min(PROPOSALS, len(self.words))).indices]
-            for n, numbers in zip(batch, best.tolist()):
-                found[n] = [self.words[number] for number in numbers]
+            for row, numbers in zip(self.is_mask.nonzero()[:, 0], best.tolist()):
+                found[batch[row]] = [self.words[number] for number in numbers]
         return found
 
 
 # ---- The generator -------------------------------------------------------------------------------
 
 
-class Masked(NamedTuple):
-    """A kind that is to be made of a caption: one of the candidates replaces a word."""
-
-    record: dict
-    kind: str
-    words: list[Word]
-    position: int
-    rng: random.Random
-    candidates: list[str]
+# a kind that is to be made of a caption: one of the candidates replaces the word at the position
+Masked = namedtuple("Masked", "record kind words position rng candidates")
 
 
 def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=0) -> list[dict]:
@@ -358,12 +343,12 @@ def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=
         for kind, rule in KINDS.items():
             if rule == "swap":
                 record[kind], why = relation(words, siblings[caption["image"]], rng)
-            elif (position := choose_mask(words, kind, rng)) is not None:
-                masked.append(Masked(record, kind, words, position, rng, []))
-                why = ""
-            else:
+            elif (position := choose_mask(words, kind, rng)) is None:
                 why = f"no {tagger.explain(rule)} to mask"
-            if why:
+            else:
+                masked.append(Masked(record, kind, words, position, rng, []))
+                why = "every candidate rejected"  # until one is not
+            if record[kind] is None:
                 record["missing"][kind] = why
 
     proposals = filler([(m.words, m.position) for m in masked])
@@ -378,37 +363,28 @@ def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=
 def fill_in(masked: list[Masked], siblings: dict[str, set], tagger: Tagger) -> None:
     """Into each record goes the last of its candidates that, tagged in its caption, keeps the part
     of speech, and makes no caption of the picture. All try one at a time, to be tagged together."""
-    while masked:
-        for m in masked:
-            if not m.candidates:
-                m.record["missing"][m.kind] = "every candidate rejected"
-        masked = [m for m in masked if m.candidates]
+    while masked := [m for m in masked if m.candidates]:
         filled = [(m.words, m.position, m.candidates.pop()) for m in masked]
-        rejected = []
         for m, new, pos in zip(masked, filled, tagger.parts_of_speech(filled)):
             text = fill(*new)
             if pos == KINDS[m.kind] and text.lower() not in siblings[m.record["image"]]:
                 m.record[m.kind] = text
-            else:
-                rejected.append(m)
-        masked = rejected
+                del m.record["missing"][m.kind]
+                m.candidates.clear()
 
 
-def generate(
-    captions: Path,
-    out: Path,
-    filler: str = "mlm",
-    mlm: str = "roberta-base",
-    seed: int = 0,
-    shard: tuple[int, int] = (1, 1),
-) -> Path:
+def generate(captions: Path, out: Path, filler="roberta-base", seed=0, shard="1/1") -> Path:
     """Write the negatives of a captions file; returns the file, which appears whole or not at all.
 
-    shard  (I, N), from 1: make the I-th of N shares, OUT.I-of-N, which in order are OUT
+    filler  "ngram", or a masked LM of transformers
+    shard   "I/N", from 1: make the I-th of N shares, OUT.I-of-N, which in order are OUT
     What is done lies in the folder OUT.part, a file a chunk. Neither sharing nor interruptions
     change a byte: a chunk depends on its captions alone, and n-grams are counted on the whole file.
     """
-    number, total = shard
+    share = re.fullmatch(r"([1-9]\d*)/(\d+)", shard)
+    if not share or int(share[1]) > int(share[2]):
+        raise BadInput(f"--shard {shard}: it is I/N with I from 1 to N")
+    number, total = int(share[1]), int(share[2])
     if total > 1:
         out = Path(f"{out}.{number:05d}-of-{total:05d}")
     if out.exists():
@@ -416,27 +392,29 @@ def generate(
     records = read_captions(captions)
     every = chunks(records)
     own = every[len(every) * (number - 1) // total : len(every) * number // total]
-    model = mlm if filler == "mlm" else filler
     lists = Path(word_lists.__file__).read_text()
-    settings = digest([records, KINDS, lists, model, TOP, seed])[:16]
+    settings = digest([records, KINDS, lists, filler, TOP, seed])[:16]
     part = Path(f"{out}.part")
-    with naming(part):
-        part.mkdir(parents=True, exist_ok=True)
+    part.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(settings) for path in part.iterdir()):
         raise BadInput(f"{part} was begun with other settings or captions: delete it")
     tagger = Tagger()
-    if filler == "mlm":
-        propose = MaskedLMFiller(mlm)
-    else:
+    if filler == "ngram":
         counted = tqdm((record["caption"] for record in records), "counting", len(records))
         propose = NgramFiller(tagger.words(counted))
+    else:
+        propose = MaskedLMFiller(filler)
     paths = [part / f"{settings}-{n:06d}.jsonl" for n in range(len(own))]
     for path, chunk in zip(paths, tqdm(own, out.name, unit="chunk")):
         if saved_chunk(path) is None:
             made = make_negatives(chunk, propose, tagger, seed)
             lines = "".join(json.dumps(record) + "\n" for record in made)
-            write(path, [digest(lines), "\n", lines])
-    write(out, map(saved_chunk, paths))
+            with naming(path):
+                path.write_text(f"{digest(lines)}\n{lines}")
+    whole = part / f"{settings}-whole"
+    with naming(whole), whole.open("w") as file:
+        file.writelines(map(saved_chunk, paths))
+    os.replace(whole, out)
     shutil.rmtree(part)
     return out
 
@@ -463,17 +441,6 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def write(path: Path, texts: Iterable[str]) -> None:
-    """The file appears whole or not at all."""
-    part = Path(f"{path}.tmp")
-    with naming(part):
-        with part.open("w") as file:
-            file.writelines(texts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-
-
 # ---- Captions in ---------------------------------------------------------------------------------
 
 
@@ -490,10 +457,7 @@ def read_captions(path: Path) -> list[dict]:
     records = []
     with naming(path, "a captions file"):
         for number, record in enumerate(read_records(path)):
-            text = record["caption"]
-            if not isinstance(text, str):
-                raise BadInput(f"{path}: caption {number} is not text: {text!r}")
-            text = " ".join(text.split()).encode("utf-8", "replace").decode()
+            text = " ".join(record["caption"].split()).encode("utf-8", "replace").decode()
             records.append({"id": number, **record, "caption": text})
     if not records:
         raise BadInput(f"{path} holds no captions")
@@ -506,50 +470,34 @@ def read_records(path: Path) -> Iterator[dict]:
             text = picture.with_suffix(".txt").read_text(encoding="utf-8")
             yield {"image": str(picture.relative_to(path)), "caption": text}
     elif path.suffix in (".csv", ".tsv"):
-        yield from read_table(path)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = "\t" if path.suffix == ".tsv" else ","
+            rows = csv.DictReader(file, delimiter=delimiter)
+            for row in rows:
+                fields = list(row.values())
+                if None in row or None in fields or (delimiter == "\t" and "\t" in "".join(fields)):
+                    raise ValueError(f"line {rows.line_num}: too many or few fields, or a quote")
+                image = row.get("image") or row.get("filepath") or row["url"]
+                yield {"image": image, "caption": row.get("caption") or row["title"]}
     else:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        yield from read_coco(content) if isinstance(content, dict) else read_list(path, content)
+        yield from read_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_coco(content: dict) -> Iterator[dict]:
-    files = {image["id"]: image["file_name"] for image in content["images"]}
-    by_picture = defaultdict(list)
-    for a in content["annotations"]:
-        image = files[a["image_id"]]
-        by_picture[image].append({"id": a["id"], "image": image, "caption": a["caption"]})
-    for records in by_picture.values():
-        yield from records
-
-
-def read_list(path: Path, content: list) -> Iterator[dict]:
-    for number, entry in enumerate(content, 1):
-        with naming(f"{path}, entry {number},", "an object with image and caption, or regions"):
-            for r in entry.get("regions", []):
-                x, y = r["x"], r["y"]
-                box = [x, y, x + max(1, r["width"]), y + max(1, r["height"])]
-                image = f"{r['image_id']}.jpg"
-                yield {"id": r["region_id"], "image": image, "caption": r["phrase"], "box": box}
-            if "regions" not in entry:
-                texts = entry["caption"]
-                for text in [texts] if isinstance(texts, str) else texts:
-                    yield {"image": entry["image"], "caption": text}
-
-
-def read_table(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        names = rows.fieldnames or []
-        captions = [name for name in ("caption", "title") if name in names]
-        images = [name for name in ("image", "filepath", "url") if name in names]
-        if not captions or not images:
-            raise BadInput(f"{path} has no caption or title, or no image, filepath or url")
-        for row in rows:
-            caption = row[captions[0]]
-            unclosed = path.suffix == ".tsv" and "\t" in (caption or "")
-            if None in row or None in row.values() or unclosed:
-                raise BadInput(f"{path}, line {rows.line_num}: too many or few fields, or a quote")
-            yield {"image": row[images[0]], "caption": caption}
+def read_json(content: dict | list) -> Iterator[dict]:
+    if isinstance(content, dict):  # COCO
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        for a in sorted(content["annotations"], key=lambda a: a["image_id"]):
+            yield {"id": a["id"], "image": files[a["image_id"]], "caption": a["caption"]}
+        return
+    for entry in content:
+        for r in entry.get("regions", []):  # Visual Genome
+            box = [r["x"], r["y"], r["x"] + max(1, r["width"]), r["y"] + max(1, r["height"])]
+            image = f"{r['image_id']}.jpg"
+            yield {"id": r["region_id"], "image": image, "caption": r["phrase"], "box": box}
+        if "regions" not in entry:
+            texts = entry["caption"]
+            for text in [texts] if isinstance(texts, str) else texts:
+                yield {"image": entry["image"], "caption": text}
 
 
 # ---- Mistakes of a user, one line each, and the command line -------------------------------------
@@ -593,24 +541,15 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--captions", type=Path, required=True, help="JSON, CSV, TSV or a folder")
     p.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
-    p.add_argument("--filler", choices=("mlm", "ngram"), default="mlm", help="[Sec. 3.1: mlm]")
-    p.add_argument("--mlm", default="roberta-base", help="hub name or folder [Sec. 3.1: RoBERTa]")
+    filler = "ngram, or a masked LM: hub name or folder [Sec. 3.1: RoBERTa]"
+    p.add_argument("--filler", default="roberta-base", help=filler)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--shard", default="1/1", help="I/N: make only the I-th of N shares, OUT.I-of-N")
-    args = p.parse_args()
-    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
-        p.error("--shard is I/N with I from 1 to N")
-    args.shard = (int(shard[1]), int(shard[2]))
-    return args
-
-
-def main() -> None:
-    out = generate(**vars(parse_args()))
+    out = generate(**vars(p.parse_args()))
     counts = Counter()
     with out.open() as file:
         for line in file:

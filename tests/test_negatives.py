@@ -234,12 +234,12 @@ def test_masked_lm_sees_every_batch(tiny_roberta, monkeypatch):
     assert filler([]) == []
 
 
-def test_masked_lm_gives_up_where_the_mask_is_cut_off_or_not_alone(tiny_roberta):
+def test_masked_lm_gives_up_where_the_mask_is_cut_off(tiny_roberta):
     filler = negatives.MaskedLMFiller(str(tiny_roberta))
     long = words(" ".join(["a/DET"] * 60))
-    filled = filler([(long, 2), (long, 59), (words("<mask>/NOUN cat/NOUN"), 1)])
-    assert filled[0]
-    assert filled[1:] == [[], []]
+    filled = filler([(long, 2), (long, 59), (words("a/DET cat/NOUN"), 1)])
+    assert filled[0] and filled[2]
+    assert filled[1] == []
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "albert", "electra", "deberta-v2"])
@@ -287,10 +287,10 @@ def run(*args):
     return 0, said.getvalue()
 
 
-@pytest.mark.parametrize("filler", ["ngram", "mlm"])
+@pytest.mark.parametrize("filler", ["ngram", None])
 def test_command_end_to_end(tmp_path, tiny_roberta, filler):
     source, out = coco_captions(tmp_path / "captions.json", CAPTIONS), tmp_path / "out.jsonl"
-    options = ["--filler", filler, "--mlm", tiny_roberta, "--captions", source, "--out", out]
+    options = ["--filler", filler or tiny_roberta, "--captions", source, "--out", out]
     code, said = run(*options)
     assert code == 0, said
     records = [json.loads(line) for line in out.read_text().splitlines()]
@@ -347,10 +347,10 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("filler", ["ngram", "mlm"])
+@pytest.mark.parametrize("filler", ["ngram", None])
 def test_odd_captions(tmp_path, tiny_roberta, filler):
     source = coco_captions(tmp_path / "c.json", {f"{name}.jpg": [ODD[name]] for name in ODD})
-    out = negatives.generate(source, tmp_path / "o.jsonl", filler, str(tiny_roberta))
+    out = negatives.generate(source, tmp_path / "o.jsonl", filler or str(tiny_roberta))
     lines = out.read_bytes().decode("ascii").split("\n")
     assert lines.pop() == ""
     records = {Path(r["image"]).stem: r for r in map(json.loads, lines)}
@@ -443,11 +443,19 @@ def test_real_files(name, count):
         ("c.json", "", "is not a captions file: JSONDecodeError"),
         ("c.json", '{"images": []}', "is not a captions file: KeyError 'annotations'"),
         ("c.json", '{"images": [], "annotations": []}', "holds no captions"),
-        ("c.json", '[{"image": "a", "caption": "a"}, {"caption": "b"}]', "entry 2, .* 'image'"),
-        ("c.json", '[{"image": "a.jpg", "caption": [1]}]', "caption 0 is not text: 1"),
-        ("c.json", '[{"regions": [{"phrase": "a"}]}]', "entry 1, .*KeyError"),
+        (
+            "c.json",
+            '[{"image": "a", "caption": "a"}, {"caption": "b"}]',
+            "is not a captions file: KeyError 'image'",
+        ),
+        (
+            "c.json",
+            '[{"image": "a.jpg", "caption": [1]}]',
+            "is not a captions file: AttributeError 'int'",
+        ),
+        ("c.json", '[{"regions": [{"phrase": "a"}]}]', "is not a captions file: KeyError 'x'"),
         ("c.json", b"\xff\xfe\x00", "is not a captions file: UnicodeDecodeError"),
-        ("c.csv", "caption,file\na,b\n", "or no image, filepath or url"),
+        ("c.csv", "caption,file\na,b\n", "is not a captions file: KeyError 'url'"),
         ("c.csv", "image,caption\na,b\nc\n", "line 3: too many or few fields"),
         ("c.csv", "caption,image\na,b,c\n", "line 2: too many or few fields"),
         ("c.csv", "caption,url\n", "holds no captions"),
@@ -493,10 +501,10 @@ def small(monkeypatch, tagger):
 
 SMALL = """
 import resource, sys, time, negatives
-def slow_write(path, texts, write=negatives.write):
+def slowly(*args, make=negatives.make_negatives):
     time.sleep(0.1)
-    write(path, texts)
-negatives.CHUNK, negatives.write = 50, slow_write
+    return make(*args)
+negatives.CHUNK, negatives.make_negatives = 50, slowly
 largest = int(sys.argv.pop())
 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 negatives.run(negatives.main)
@@ -552,7 +560,9 @@ def finished(many, tmp_path_factory):
     process = start(many[0], out, largest=60_000)
     said = process.communicate()[1].decode()
     assert process.returncode == 1
-    assert said.splitlines()[-1] == f"-c: error: {out}.tmp: File too large"
+    assert (
+        said.splitlines()[-1] == f"-c: error: {next(out.parent.rglob('*-whole'))}: File too large"
+    )
     assert "Traceback" not in said
     assert not out.exists()
     return Path(f"{out}.part")
@@ -592,7 +602,7 @@ def test_chunks_of_other_settings_are_refused(many, finished, tmp_path, monkeypa
     part = shutil.copytree(finished, tmp_path / "out.jsonl.part")
     before = sorted(part.iterdir())
     other = coco_captions(tmp_path / "other.json", CAPTIONS)
-    changes = [{"seed": 1}, {"filler": "mlm", "mlm": "x"}, {"captions": other}, {}]
+    changes = [{"seed": 1}, {"filler": "x"}, {"captions": other}, {}]
     for change in changes:
         if not change:
             monkeypatch.setitem(KINDS, "number", "NUM")
@@ -605,5 +615,5 @@ def test_chunks_of_other_settings_are_refused(many, finished, tmp_path, monkeypa
 def test_bad_shards(tmp_path):
     for shard in ("3", "0/2", "3/2", "a/b"):
         code, said = run("--captions", "x", "--out", tmp_path / "o", "--shard", shard)
-        assert code == 2
-        assert "--shard is I/N with I from 1 to N" in said
+        assert code == 1
+        assert f"--shard {shard}: it is I/N with I from 1 to N" in said
