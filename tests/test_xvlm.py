@@ -416,12 +416,24 @@ def test_grad_checkpointing_has_the_same_gradient():
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_locked_image_tower_and_micro_batches(world, config, tmp_path):
+    """The text half learns, from the matching loss too, whose negatives are the micro-batch's."""
+    more = ["--model", config, "--lock-image", "--micro-batch", 3]
+    log = train(world, tmp_path / "x", *more)
+    assert log[0]["itm"] == pytest.approx(math.log(2), abs=0.6)
+    torch.manual_seed(42)
+    fresh = ce_clip.build_model(str(config)).model.state_dict()
+    moved = ce_clip.load_model(str(tmp_path / "x" / "epoch_2.pt")).model.state_dict()
+    for name, value in moved.items():
+        if name.startswith("vision_encoder"):
+            assert torch.equal(value, fresh[name]), name
+    assert not torch.equal(moved["itm_head.0.weight"], fresh["itm_head.0.weight"])
+
+
 def test_mistakes_are_one_line(world, config, tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps({"architecture": "xvlm", "fusion_layer": 1}))
-    for more, message in [
-        (["--model", tmp_path / "odd.json"], "the config is not one of an X-VLM, see xvlm.CONFIG")
-    ]:
-        assert message in refused(world, tmp_path / "x", "--model", config, *more)
+    message = "the config is not one of an X-VLM, see xvlm.CONFIG"
+    assert message in refused(world, tmp_path / "x", "--model", tmp_path / "odd.json")
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
