@@ -86,9 +86,10 @@ def itc_hn_loss(sim: Tensor, sim_neg: Tensor, valid: Tensor) -> Tensor:
     B, K = len(sim), sim_neg.shape[-1]
     _check("itc_hn_loss", sim=(sim, (B, B)), sim_neg=(sim_neg, (B, B, K)), valid=(valid, (B, K)))
     target = torch.arange(B, device=sim.device)
-    hard = sim_neg.masked_fill(~valid, -torch.inf).flatten(1)  # (B, B*K)
+    hard = sim_neg.masked_fill(~valid, -torch.inf).flatten(1)  # (B, B*K); valid is the texts'
     image_to_text = F.cross_entropy(torch.cat([sim, hard], 1), target)
-    return F.cross_entropy(sim.T, target) + image_to_text
+    text_to_image = F.cross_entropy(sim.T, target)
+    return text_to_image + image_to_text
 
 
 def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
@@ -107,8 +108,8 @@ def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
     """
     B, K = text_neg.shape
     _check("imc_loss", pos=(pos, (B,)), valid=(valid, (B, K)))
-    negatives_mass = text_neg.masked_fill(~valid, -torch.inf).logsumexp(1)  # (B,), -inf without any
-    return torch.where(valid.any(1), negatives_mass - pos, 0).sum() / B
+    log_sum = text_neg.masked_fill(~valid, -torch.inf).logsumexp(1)  # (B,), -inf without any
+    return torch.where(valid.any(1), log_sum - pos, 0).sum() / B
 
 
 def imc_loss_released(text_neg: Tensor, valid: Tensor) -> Tensor:
@@ -142,8 +143,8 @@ def cmr_loss(pos: Tensor, neg: Tensor, threshold: Tensor | float, valid: Tensor)
                        previous step (Eq. 6); no gradient flows into it
     valid      (B, K)  bool, True = exists
     returns    ()      0 when nothing is valid. Raises ValueError on a shape mismatch.
-    paper: sum over the batch / authors' code: also divides by K and counts missing negatives / we:
-    mean over B, sum over the kinds that exist.
+    paper: sum over the batch / authors' code: also divides by K, missing negatives (which add 0)
+    included / we: mean over B, sum over the kinds that exist.
     """
     B, K = neg.shape
     if not isinstance(threshold, Tensor):
@@ -174,7 +175,7 @@ def adaptive_threshold(
     Why it adapts: a curriculum (Sec. 3.2, 4.3). Early on pairs lead by little and little is asked;
     as the lead grows, more is. Why u: swapped nouns make sentences that are wrong without a look at
     the picture, so that the lead over relation negatives, and with it what is asked, runs away.
-    A threshold below 0 is harmless: it asks for less than the pairs have on average already.
+    A threshold below 0 is harmless: it lets a pair stay behind, by no more than the mean just was.
     paper: only an upper bound / authors' code: also clamps at 0, averages the two terms over
     different captions, restarts at 0 every epoch, and is nan for an absent kind / we: Eq. (5), (7).
     """
@@ -183,8 +184,8 @@ def adaptive_threshold(
     shapes = {"pos": (pos, (B,)), "valid": (valid, (B, K)), "previous": (previous, (K,))}
     _check("adaptive_threshold", **shapes)
     count = valid.sum(0)  # (K,)
-    lead = (pos[:, None] - neg).masked_fill(~valid, 0).sum(0) / count.clamp(min=1)
-    return torch.where(count > 0, lead.clamp(max=upper_bound), previous)
+    mean_lead = (pos[:, None] - neg).masked_fill(~valid, 0).sum(0) / count.clamp(min=1)
+    return torch.where(count > 0, mean_lead.clamp(max=upper_bound), previous)
 
 
 def ce_clip_loss(
@@ -244,8 +245,8 @@ Loaded = namedtuple("Loaded", "model name config train_transform eval_transform 
 def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
     """A model by its open_clip name, "xvlm", or the path of a model config (.json); with random
     weights, or those of a tag. OpenAI's and some others need QuickGELU, which open_clip 3 only
-    warns about: we take the model's -quickgelu twin. `config` is that of a name which open_clip
-    does not know, `preprocess` its image_mean, image_std ..., where no tag says them."""
+    warns about: we take the model's -quickgelu twin. `config`, if given, is what `name` shall mean,
+    `preprocess` open_clip's image_mean, image_std ..., where no tag says them."""
     if name.endswith(".json"):
         with naming(name, "a model config"):
             config = dict(json.loads(Path(name).read_text(encoding="utf-8")))
@@ -271,12 +272,12 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
 
 # a number of numpy, which older trainers left as the lr in a checkpoint [NegCLIP, CE-CLIP]
 _scalar = np.float64(0).__reduce__()[0]
-NUMPY = [_scalar, (_scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+SAFE = [_scalar, (_scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
 DEFAULT_MODEL = "ViT-B-32-quickgelu"  # [Sec. 4.1]
 
 
 def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
-    """Weights, by the name of
+    """A model with its weights, by the name of
 
     a file of ours    which knows its model; `name` is not looked at
     a file of others  a state dict of model `name`, also as its "state_dict" or "model"
@@ -288,7 +289,7 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
         if tag not in open_clip.list_pretrained_tags_by_model(model or name):
             raise BadInput(f"{source} is no file, and no TAG or MODEL/TAG of open_clip's weights")
         return build_model(model or name, tag)
-    with naming(source, f"a checkpoint of {name}"), torch.serialization.safe_globals(NUMPY):
+    with naming(source, f"a checkpoint of {name}"), torch.serialization.safe_globals(SAFE):
         # weights_only: a file of others must not be able to run code
         saved = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         if isinstance(saved.get("model"), str):
@@ -319,8 +320,8 @@ def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Unit text features (N, D) of tokens (N, L), which are best on the CPU.
 
-    CLIP attends causally and pools at the end-of-text token (the highest id), so that cutting a
-    batch after its last one changes nothing: captions are encoded in a few chunks sorted by length.
+    CLIP attends causally and pools at the end-of-text token (the highest id): what follows a
+    batch's last one can be cut off. Captions are encoded in a few chunks sorted by length.
     """
     device = model.logit_scale.device
     clip = type(model) is open_clip.CLIP
@@ -336,6 +337,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
             "attn_mask": model.attn_mask[:longest, :longest],
         }
         captions = tokens[rows, :longest].to(device, non_blocking=True)
+        # a forward pass with these shorter tables: (None, unit text features, scale)
         features.append(torch.func.functional_call(model, shorter, (None, captions))[1])
     return torch.cat(features)[order.argsort().to(device, non_blocking=True)]
 
@@ -479,9 +481,11 @@ class Encoder(nn.Module):
         self.model, self.bf16, self.micro_batch = model, bf16, micro_batch
 
     def forward(self, images: Tensor, tokens: Tensor, valid: Tensor):
-        """images (b, 3, H, W); on the CPU, to be indexed without a device sync, tokens
-        (b, 1 + K, L) and valid (b, K) -> unit features image (b, D) and text (b, 1 + K, D), 0 where
-        a negative is missing; exp(logit_scale) (); the matching loss (1,) of an X-VLM, else 0."""
+        """images   (b, 3, H, W)
+        tokens   (b, 1 + K, L), and valid (b, K): on the CPU, to be indexed without a device sync
+        returns  unit features of pictures (b, D) and texts (b, 1 + K, D), 0 where a negative is
+                 missing; exp(logit_scale) (); the matching loss (1,) of an X-VLM, else 0
+        """
         if self.micro_batch:
             chunks = [x.split(self.micro_batch) for x in (images, tokens, valid)]
             parts = [checkpoint(self.encode, *c, use_reentrant=False) for c in zip(*chunks)]
@@ -512,9 +516,9 @@ def lr_factor(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-# settings that change no result, or that the digests of the captions stand for
-FREE = ("data", "data_root", "images", "workers", "micro_batch", "grad_checkpointing", "out")
-FREE += ("resume", "save_every", "log_every")
+# not compared on resuming: what changes no result, and paths (digests stand for the captions)
+NOT_COMPARED = ("data", "data_root", "images", "out", "workers", "micro_batch")
+NOT_COMPARED += ("grad_checkpointing", "resume", "save_every", "log_every")
 
 
 def last_state(out: Path, settings: dict) -> dict | None:
@@ -523,7 +527,7 @@ def last_state(out: Path, settings: dict) -> dict | None:
     for path in out.glob("*.pt"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if newest is None or state["step"] > newest["step"]:
+            if "settings" in state and (newest is None or state["step"] > newest["step"]):
                 newest = state
         except Exception as e:
             tqdm.write(f"{path} is damaged, passed over: {' '.join(str(e).split())[:200]}")
@@ -566,13 +570,13 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(settings, indent=1))
         with (out / "log.jsonl").open("a") as log:
-            log.truncate(state["log"] if state else 0)  # no step twice
+            log.truncate(min(state["log"], log.tell()) if state else 0)  # no step twice
     return loaded, optimizer, threshold.to(device), step
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     used = args.losses.split(",")  # the rows of Table 4 are settings of Eq. 8, not other code
-    kinds = args.kinds if "hn" in used else []  # none leaves Eq. 1
+    kinds = args.kinds if "hn" in used else []  # no kinds: K = 0, and Eq. 2 is Eq. 1
     alpha = args.alpha if "imc" in used else 0.0
     beta = args.beta if "cmr" in used else 0.0
 
@@ -581,7 +585,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     total = epoch_steps * args.epochs
     if total == 0:
         raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
     settings["captions"] = [[len(part), part.digest] for part in records.datasets]
     loaded, optimizer, threshold, start = begin(args, kinds, settings, device)
     model, out = loaded.model, Path(args.out)
@@ -602,15 +606,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             lr = args.lr * lr_factor(step - 1, args.warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(hash((args.seed, step, rank())) % 2**63)  # dropout; resumed as it was
+            torch.manual_seed(hash((args.seed, step, rank())) % 2**63)  # dropout, X-VLM's draws
 
             image, text, scale, itm = encoder(images.to(device, non_blocking=True), tokens, valid)
             image, text, valid = gather(image), gather(text), gather(valid.to(device))
             sim, sim_neg, text_neg = similarities(image, text, scale)  # S(I,T), S(I,T_k), S(T,T_k)
             loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta)
-            if "imc_released" in used:  # in place of Eq. 3
-                every = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])  # (B, B, K)
-                terms["imc"] = imc_loss_released(every, valid)
+            if "imc_released" in used:  # in place of Eq. 3, whose weight alpha is 0 here
+                all_neg = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])  # (B, B, K)
+                terms["imc"] = imc_loss_released(all_neg, valid)
                 loss = loss + args.alpha * terms["imc"]
             terms["itm"] = gather(itm).mean()  # each process has drawn its own pairs
             loss = loss + terms["itm"]

@@ -7,7 +7,8 @@
 
 A benchmark is a list of items: is the picture closer to the true caption than to the false one? Its
 function reads the files below --data-root, scores the items whose picture is there, and averages as
-the paper does. A checkpoint encodes each picture and each text once for all benchmarks.
+the paper does. A checkpoint encodes each picture and each text once for all benchmarks (but for the
+zero-shot sets, which CLIP_benchmark encodes, and an X-VLM's matching).
 """
 
 import argparse
@@ -56,8 +57,8 @@ class Cell:
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
-    """The unweighted mean. Of several it has no value if anything is missing to one of them: it
-    would compare with no paper."""
+    """The unweighted mean; one cell stays as it is. Of several there is none if anything is missing
+    in one of them: it could not be compared with the paper's."""
     cells = list(cells)
     if len(cells) == 1:
         return cells[0]
@@ -86,7 +87,7 @@ class Scorer:
         self.batch_size, self.workers = batch_size, workers
         self.images = {}  # picture -> (D,)
         self.texts = {}  # text -> (D,)
-        self.matches = {}  # picture, text -> ITM logit of an X-VLM
+        self.matches = {}  # picture, text -> logit of an X-VLM that they match (ITM)
         self.decisions = []  # of items whose picture is there: lines of items.jsonl
         self.absent = []  # files that were asked for
 
@@ -180,8 +181,8 @@ def accuracies(scorer: Scorer, items: list[Item], itm: bool = False) -> defaultd
 
 
 def ranks(sim: Tensor, own: Tensor) -> Tensor:
-    """(N,) how many of others are at least as close to a query as the closest of its own, from 0:
-    sim (N, M) of queries by gallery, own (N, M) bool."""
+    """(N,) how many that are not its own are at least as close to a query as the closest of its
+    own; 0 is best. sim (N, M) of queries by gallery, own (N, M) bool."""
     best = sim.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     return ((sim >= best) & ~own).sum(1)
 
@@ -226,7 +227,7 @@ VALSE = {  # column of Table 1: files
     "Coref. clean": ["coreference-hard"],
     "Foil-it!": ["foil-it"],
 }
-VALSE_FOLDERS = {  # by the start of a picture's name
+VALSE_FOLDERS = {  # by the start of a picture's name; the first that fits
     "v7w_": "visual7w/images",
     "COCO_train2014": "coco/train2014",
     "COCO_val2014": "coco/val2014",
@@ -277,7 +278,7 @@ VLC = [  # cell of Table 2, its types, the sources of each
 
 
 def vlc_file(scorer: Scorer, root: Path, file: str, rows: int) -> Cell:
-    """The first `rows` rows of a corpus file, as in the authors' evaluation; 0: all."""
+    """The first `rows` rows of a corpus file; 0: all. (Authors: those that have a picture.)"""
     path = root / f"vl_checklist/corpus/v1/{file}.yaml"
     if scorer.lacks(path):
         return Cell()
@@ -293,14 +294,14 @@ def vlc_file(scorer: Scorer, root: Path, file: str, rows: int) -> Cell:
 def vlc(scorer: Scorer, root: Path, rows: int) -> dict[str, Cell]:
     """Means over files, sources and types; then over the cells of a group, and over all nine."""
     cells = {}
-    for cell, types, sources in VLC:
+    for column, types, sources in VLC:
         means = []  # all types have as many sources: the mean of their means is that of all
         for type_, files in itertools.product(types, sources):
             means.append(mean(vlc_file(scorer, root, f"{type_}/{file}", rows) for file in files))
-        cells[cell] = mean(means)
+        cells[column] = mean(means)
     averages = {}
     for group in ("Attribute", "Object", "Relation"):
-        averages[group] = mean(value for cell, value in cells.items() if cell.startswith(group))
+        averages[group] = mean(cell for column, cell in cells.items() if column.startswith(group))
     return cells | averages | {"Avg": mean(cells.values())}
 
 
@@ -339,7 +340,7 @@ def pre_caption(text: str) -> str:
 
 def retrieval(scorer: Scorer, captions: Path, images: Path) -> dict[str, Cell]:
     """Recall in % at 1, 5, 10 (Table 5 prints R@5): of captions by a picture (I2T: any of its own
-    counts), and of the picture by each caption (T2I). A tie is behind all that tie. There is no
+    counts), and of the picture by each caption (T2I). What ties is ranked behind. There is no
     value unless every picture is there: a smaller gallery is easier."""
     if scorer.lacks(captions):
         return {}
@@ -350,7 +351,7 @@ def retrieval(scorer: Scorer, captions: Path, images: Path) -> dict[str, Cell]:
         return dict.fromkeys(("I2T R@5", "T2I R@5"), Cell(None, scored, len(records)))
     number = {picture: n for n, picture in enumerate(dict.fromkeys(pictures))}
     texts = [pre_caption(record["caption"]) for record in records]
-    scorer.encode_pictures(number)
+    scorer.encode_pictures(dict.fromkeys(number, ()))  # no captions: without matching
     scorer.encode_texts(texts)
     image = torch.stack([scorer.images[picture] for picture in number])
     text = torch.stack([scorer.texts[text] for text in texts])
@@ -408,17 +409,19 @@ def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
     """Score of 100 * cosine with a class's mean text. The folder is a webdataset of CLIP_benchmark,
     which brings pictures, class names and templates."""
     from clip_benchmark.datasets.builder import build_wds_dataset
-    from clip_benchmark.metrics import zeroshot_classification as clip
+    from clip_benchmark.metrics import zeroshot_classification as zeroshot
     from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
     images = build_wds_dataset(folder.name, scorer.transform, "test", str(folder))
     model, device = scorer.model, scorer.device
     names, templates = images.classes, images.templates
-    weights = clip.zero_shot_classifier(
+    weights = zeroshot.zero_shot_classifier(
         model, scorer.tokenizer, names, templates, device, amp=False
     )
     loader = DataLoader(images, scorer.batch_size)
-    logits, target = clip.run_classification(model, weights, loader, device, amp=False)  # (N, C)
+    logits, target = zeroshot.run_classification(
+        model, weights, loader, device, amp=False
+    )  # (N, C)
     chosen = finite(logits).argmax(1)
     if folder.name in MEAN_PER_CLASS:
         value = balanced_accuracy_score(target, chosen)
@@ -544,7 +547,7 @@ def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace) -> dict[s
         return pairs(scorer, args.pairs, args.images)
     if name == "captions":
         return retrieval(scorer, args.captions, args.images)
-    path = root / "coco/annotations/coco_karpathy_test.json"
+    path = root / "coco/annotations/coco_karpathy_test.json"  # coco
     return retrieval(scorer, path, root / "coco")
 
 
@@ -568,7 +571,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL, help="what tags and files of others are [Sec. 4.1]")
     add("--base", help="checkpoint or tag before fine-tuning: differences to it are shown")
     add("--wise", nargs="+", type=float, default=[], help="WiSE-FT: (1 - a) base + a ckpt")
-    names = list(BENCHMARKS)[:6]
+    names = list(BENCHMARKS)[:6]  # those below --data-root
     add("--bench", nargs="+", choices=names, default=[], help="[all of them]")
     add("--data-root", type=Path, default="data", help="folder of the benchmarks")
     add("--vlc-rows", type=int, default=1000, help="first rows of each VLC file, 0: all [authors]")

@@ -76,8 +76,9 @@ def draw_runs(rows: dict[str, dict], out: Path) -> None:
             configs[row] = json.loads((run_folder / "config.json").read_text())
             log = read_lines(run_folder / "log.jsonl")
             thresholds = [f"threshold_{kind}" for kind in KINDS]
-            curves(out / f"fig5b-{run_folder.name}.png", log, thresholds)
-            curves(out / f"fig5d-{run_folder.name}.png", log, ["itc", "imc", "cmr"])
+            name = "-".join(run_folder.parts[-2:])
+            curves(out / f"fig5b-{name}.png", log, thresholds)
+            curves(out / f"fig5d-{name}.png", log, ["itc", "imc", "cmr"])
     for row, cells in rows.items():
         label = [row]  # and the settings in which the runs differ
         for name, value in configs.get(row, {}).items():

@@ -36,8 +36,8 @@ from words import BOTH_WAYS, CONTRAST, GLUE, WEAK, may_also_be
 # In the paper's order (Sec. 3.2, T_hn): a swap, or the part of speech (spaCy's) that is masked.
 # To add a kind, add an entry.
 KINDS = {"relation": "swap", "attribute": "ADJ", "action": "VERB", "object": "NOUN"}
-PROPOSALS = 50  # of a filler
-TOP = 10  # a fill is drawn from so many of them, the best that are acceptable
+PROPOSALS = 50  # words that a filler proposes for a mask
+TOP = 10  # a fill is drawn from the best TOP of them; one that fails gives its place to the next
 MASKS = 128  # masked captions in one forward pass
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
 
@@ -58,7 +58,8 @@ def text_of(words: list[Word]) -> str:
 
 
 def relation(words: list[Word], captions: set[str], rng: random.Random) -> tuple[str | None, str]:
-    """(the caption with two noun units swapped, ""), or (None, why there is none).
+    """(the caption with two noun units swapped, ""), or (None, why there is none). A unit is a run
+    of adjacent nouns.
 
     Determiners and modifiers stay in place. No swap says the same as the caption, or is one of the
     picture's `captions` (lower case).
@@ -125,8 +126,8 @@ def replace(words: list[Word], start: int, end: int, text: str) -> list[Word]:
 
 
 def takes_an(word: str) -> bool:
-    consonant = r"(?!uni(?!n|m|d)|us[eu]|ut[ei]|uri|uk|eu|ew|once?\b)"  # by sound: "a utensil"
-    return bool(re.match(rf"{consonant}[aeiou]|hour|honest|honor|heir", word.lower()))
+    not_by_sound = r"(?!uni(?!n|m|d)|us[eu]|ut[ei]|uri|uk|eu|ew|onc?e\b)"  # "a utensil"
+    return bool(re.match(rf"{not_by_sound}[aeiou]|hour|honest|honor|heir", word.lower()))
 
 
 def opens_sentence(words: list[Word], i: int) -> bool:
@@ -155,7 +156,7 @@ def says_the_same(words: list[Word], a: tuple[int, int], b: tuple[int, int]) -> 
     name_b = [word.lemma for word in words[b[0] : b[1]]]
     if name_a == name_b or name_b[-1] in may_also_be(name_a[-1]):
         return True
-    own = ("NOUN", "PROPN", "ADJ", "NUM")  # words of a noun beside the joint, not of the joint
+    own = ("NOUN", "PROPN", "ADJ", "NUM")  # belong to a noun, not to what joins the two
     between = {word.lemma for word in words[a[1] : b[0]] if word.pos not in own}
     if not between & BOTH_WAYS or between - BOTH_WAYS - GLUE:
         return False
@@ -170,13 +171,15 @@ def acceptable(proposed: list[str], old: str, kind: str, true: set[str], tagger)
     """The words, in lower case, that make a caption false in the place of `old`.
 
     None of their lemmas is `true` (WEAK, in a caption of the picture, or what may also be one that
-    is), and where `old` is in CONTRAST, they are: a colour gives way to a colour.
+    is), and they are in the groups of CONTRAST that `old` is in, if any: a colour gives way to a
+    colour, and to nothing else.
     """
     found = []
+    old_groups = [g for g in CONTRAST.get(kind, []) if tagger.lemmas(old) & g]
     for word in dict.fromkeys(word.lower() for word in proposed):
         if word.isalpha() and not tagger.lemmas(word) & true:
             groups = [g for g in CONTRAST.get(kind, []) if tagger.lemmas(word) & g]
-            if groups == [g for g in CONTRAST.get(kind, []) if tagger.lemmas(old) & g]:
+            if groups == old_groups:
                 found.append(word)
     return found
 
@@ -201,16 +204,16 @@ class Tagger:
         for doc in self.nlp.pipe(captions, batch_size=256):
             yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower()) for t in doc]
 
-    def parts_of_speech(self, filled: list[tuple[list[Word], int, str]]) -> list[str]:
-        """Of each new word in its caption, given as (words, position, new word)."""
+    def tags(self, filled: list[tuple[list[Word], int, str]]) -> list[str]:
+        """The fine tag of each new word in its caption, given as (words, position, new word)."""
         docs = []
         for words, position, new in filled:
             texts = [word.text for word in words]
             texts[position] = new
             docs.append(self.new_doc(texts, [bool(word.space) for word in words]))
-        with self.nlp.select_pipes(enable=["tok2vec", "tagger", "attribute_ruler"]):
+        with self.nlp.select_pipes(enable=["tok2vec", "tagger"]):
             tagged = self.nlp.pipe(docs, batch_size=256)
-            return [doc[position].pos_ for doc, (_, position, _) in zip(tagged, filled)]
+            return [doc[position].tag_ for doc, (_, position, _) in zip(tagged, filled)]
 
     def _lemmas(self, word: str) -> frozenset[str]:
         """The lower-case word and its lemmas as a noun, a verb and an adjective."""
@@ -310,7 +313,8 @@ class MaskedLMFiller:
             self.is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id
             logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (masks, words)
             best = self.word_ids[logits.topk(min(PROPOSALS, len(self.words))).indices]
-            for row, numbers in zip(self.is_mask.nonzero()[:, 0], best.tolist()):
+            rows = self.is_mask.nonzero()[:, 0].tolist()
+            for row, numbers in zip(rows, best.tolist()):
                 found[batch[row]] = [self.words[number] for number in numbers]
         return found
 
@@ -323,8 +327,8 @@ Masked = namedtuple("Masked", "record kind words position rng candidates")
 
 
 def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=0) -> list[dict]:
-    """One record a caption, with its kinds; `captions` must hold whole pictures. Every choice
-    depends on `seed` and the caption's id alone."""
+    """One record a caption, with its kinds; `captions` must hold whole pictures. Every draw
+    is seeded by `seed` and the caption's id alone."""
     tagged = list(tagger.words(caption["caption"] for caption in captions))
     siblings = defaultdict(set)  # picture -> its captions
     true = defaultdict(lambda: set(WEAK))  # picture -> words that are true of it
@@ -354,20 +358,23 @@ def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=
     proposals = filler([(m.words, m.position) for m in masked])
     for m, proposed in zip(masked, proposals):
         old = m.words[m.position].text
-        best = acceptable(proposed, old, m.kind, true[m.record["image"]], tagger)[:TOP]
-        m.candidates.extend(m.rng.sample(best, len(best)))
+        m.candidates.extend(acceptable(proposed, old, m.kind, true[m.record["image"]], tagger))
     fill_in(masked, siblings, tagger)
     return records
 
 
 def fill_in(masked: list[Masked], siblings: dict[str, set], tagger: Tagger) -> None:
-    """Into each record goes the last of its candidates that, tagged in its caption, keeps the part
-    of speech, and makes no caption of the picture. All try one at a time, to be tagged together."""
+    """Into each record goes one of its best TOP candidates that, tagged in its caption, keeps the
+    fine tag ("walks" gives way to no "walk"), and makes no caption of the picture. All records try
+    one at a time, to be tagged together."""
     while masked := [m for m in masked if m.candidates]:
-        filled = [(m.words, m.position, m.candidates.pop()) for m in masked]
-        for m, new, pos in zip(masked, filled, tagger.parts_of_speech(filled)):
+        filled = []
+        for m in masked:
+            drawn = m.rng.randrange(min(TOP, len(m.candidates)))
+            filled.append((m.words, m.position, m.candidates.pop(drawn)))
+        for m, new, tag in zip(masked, filled, tagger.tags(filled)):
             text = fill(*new)
-            if pos == KINDS[m.kind] and text.lower() not in siblings[m.record["image"]]:
+            if tag == m.words[m.position].tag and text.lower() not in siblings[m.record["image"]]:
                 m.record[m.kind] = text
                 del m.record["missing"][m.kind]
                 m.candidates.clear()
@@ -420,7 +427,8 @@ def generate(captions: Path, out: Path, filler="roberta-base", seed=0, shard="1/
 
 
 def chunks(records: list[dict]) -> list[list[dict]]:
-    """Consecutive captions, at least CHUNK together, no picture in two chunks."""
+    """Consecutive captions, at least CHUNK together, but for the last; those of one picture that
+    stand side by side stay together."""
     found = [[]]
     for _, same_picture in itertools.groupby(records, key=lambda record: record["image"]):
         if len(found[-1]) >= CHUNK:

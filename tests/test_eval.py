@@ -115,7 +115,7 @@ def test_means():
 
 
 def test_averages_are_defined_as_the_papers(place, monkeypatch):
-    """What the paper prints follows from its columns, but for a misprint. PROTOCOLS.md 0 and 3."""
+    """What the paper prints follows from its columns, but for a misprint."""
     columns = {"sugarcrepe": {name: name for name in SUBSETS}}
     columns["valse"] = {file: column for file, (column, _) in VALSE.items()}
     columns["vlc"] = {file: "{} {}".format(*file.capitalize().split("/")) for file in VLC}
@@ -527,7 +527,7 @@ def test_a_zero_shot_set_that_cannot_be_read_is_named(score, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("none.pt", "none.pt is no file, and names no weights of open_clip"),
+        ("none.pt", "none.pt is no file, and no TAG or MODEL/TAG of open_clip's weights"),
         (f"{ONE} none.pt --bench sugarcrepe", "none.pt is no file"),
         (f"{ONE} --pairs none --images .", "none: No such file"),
         (
@@ -537,7 +537,7 @@ def test_a_zero_shot_set_that_cannot_be_read_is_named(score, monkeypatch, tmp_pa
         (f"{ONE} --pairs bad_picture.jsonl --images . --workers 1", "bad.png is not a picture: "),
         (f"{ONE} --image none.jpg --texts a", "none.jpg: No such file"),
         (f"{ONE} --data-root no", "nothing was scored"),
-        ("bad.png", "bad.png is not a checkpoint that can be read"),
+        ("bad.png", "bad.png is not a checkpoint of ViT-B-32-quickgelu: "),
         (f"{ONE} --image a.jpg", "--image goes together with --texts"),
         (f"{ONE} --wise 0.5", "--wise needs --base"),
     ],
@@ -579,7 +579,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
 def test_counts_of_the_real_files(monkeypatch, tmp_path):
-    """PROTOCOLS.md 3.1 to 3.5."""
+    """The items of each group, where the real files are at hand."""
     functions = [(eval_bench.sugarcrepe,), (eval_bench.valse,), (eval_bench.vlc, 1000)]
     found, missing = [], []
     for function, *rows in (*functions, (eval_bench.vlc, 0)):

@@ -59,7 +59,7 @@ def test_every_figure_is_drawn(results, monkeypatch, tmp_path):
     out = tmp_path / "figures"
     command(monkeypatch, "--results", results, "--out", out)
     names = {"fig4-5a-5c-6", "fig8-aro-similarity", "fig8-aro-gap", "fig9-10"}
-    names |= {f"fig5{part}-{name}" for part in "bd" for name in RUNS}
+    names |= {f"fig5{part}-runs-{name}" for part in "bd" for name in RUNS}
     assert {path.stem for path in out.iterdir()} == names
     for path in out.iterdir():
         dark, light = Image.open(path).convert("L").getextrema()
@@ -89,9 +89,9 @@ def test_what_the_figures_show(results, monkeypatch, shown):
     assert labels[1][1] == "kinds ['object']"
     assert labels[2][1:] == [f"kinds {list(KINDS)}", "threshold 5.0"]
     assert labels[3] == ["openai"]
-    log, columns = shown["fig5b-fixed"]
+    log, columns = shown["fig5b-runs-fixed"]
     assert [line[column] for line in log for column in columns] == [1] * 12
-    log, columns = shown["fig5d-full"]
+    log, columns = shown["fig5d-runs-full"]
     assert [[line[column] for line in log] for column in columns] == [[4, 3, 2], [2] * 3, [1, 2, 3]]
     assert shown["fig8-aro-similarity"] == ({"full": [0.75] * 3, "openai": [0.75] * 3},)
     assert shown["fig8-aro-gap"] == ({"full": [0.25] * 3, "openai": [-0.25] * 3},)

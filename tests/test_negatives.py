@@ -98,7 +98,10 @@ def test_coordinated_units_change_places_with_others_only():
 @pytest.mark.parametrize(
     ("text", "position", "new", "filled"),
     [
-        *[("a/DET dog/NOUN", 1, w, f"a {w}") for w in "unicycle man utensil urinal ewe".split()],
+        *[
+            ("a/DET dog/NOUN", 1, w, f"a {w}")
+            for w in "unicycle man utensil urinal ewe one".split()
+        ],
         *[("a/DET dog/NOUN", 1, w, f"an {w}") for w in "owl hour umbrella oven".split()],
         # an article that did not agree before is left alone where the sound stays
         ("a/DET orange/NOUN", 1, "apple", "a apple"),
@@ -123,14 +126,14 @@ def test_mask_knows_the_part_of_speech():
     assert negatives.choose_mask(words("a/DET cat/NOUN"), "action", RNG) is None
 
 
-def test_words_tagged_anew_keep_their_part_of_speech(tagger):
+def test_words_tagged_anew_keep_their_tag(tagger):
     texts = ["Two dogs play in the tall wet grass while a man with a red hat looks on."]
     texts += ["A play about flies ended late; the old man can fish near the duck pond, they said."]
     tagged = list(tagger.words(texts))
     assert [negatives.text_of(ws) for ws in tagged] == texts
     same = [(ws, i, word.text) for ws in tagged for i, word in enumerate(ws)]
-    assert tagger.parts_of_speech(same) == [ws[i].pos for ws, i, _ in same]
-    assert tagger.parts_of_speech([(tagged[0], 1, "quickly")]) == ["ADV"]
+    assert tagger.tags(same) == [ws[i].tag for ws, i, _ in same]
+    assert tagger.tags([(tagged[0], 1, "quickly"), (tagged[0], 1, "dog")]) == ["RB", "NN"]
 
 
 def test_lemmas_of_every_part_of_speech(tagger):
@@ -155,6 +158,7 @@ def make(tagger, texts, filler, **options):
         ("object", "a dog", ["Dog", "dogs", "x-ray", "3", "##s", "", "thing", "slowly"], "cat"),
         ("object", "The man eats", ["person", "guy", "boy", "surfer"], "woman"),
         ("object", "The surfer eats", ["man", "woman", "person"], "driver"),
+        ("object", "Two dogs eat", ["cat", "horse"], "cats"),  # another number
         ("object", "The dog eats", ["animal", "puppy"], "horse"),
         # what is not of the same sort may be true as well
         ("attribute", "a brown dog", ["large", "wet", "brown"], "white"),
@@ -171,13 +175,19 @@ def test_fills_that_may_be_true_are_rejected(tagger, kind, text, bad, good):
 
 
 def test_the_best_accepted_candidates_are_drawn_from(tagger, monkeypatch):
+    """And one that fails (here those of another number) gives its place to the next."""
     monkeypatch.setattr(negatives, "TOP", 2)
-    found = set()
-    for i in range(60):
-        captions = [{"id": i, "image": "a.jpg", "caption": "a dog"}]
-        filler = propose("dogs", "cat", "horse", "tree")
-        found.add(negatives.make_negatives(captions, filler, tagger)[0]["object"])
-    assert found == {"a cat", "a horse"}
+    for proposed, expected in [
+        (["dogs", "cat", "horse", "bus"], {"a cat", "a horse"}),
+        (["houses", "cat", "horse", "bus"], {"a cat", "a horse"}),
+        (["houses", "boats", "cat", "bus", "horse"], {"a cat", "a bus"}),
+    ]:
+        found = set()
+        for i in range(60):
+            captions = [{"id": i, "image": "a.jpg", "caption": "a dog"}]
+            records = negatives.make_negatives(captions, propose(*proposed), tagger)
+            found.add(records[0]["object"])
+        assert found == expected
 
 
 def test_a_fifth_kind_is_one_entry(tagger, monkeypatch):
@@ -325,8 +335,8 @@ def test_other_captions_of_the_picture_are_true(tagger):
     texts = ["A horse throws a ball .", "A pony and a dog ."]
     records = make(tagger, texts, propose("ponies", "dogs", "balls", "puppy", "animal"))
     assert all(r["object"] is None for r in records)
-    records = make(tagger, texts[:1], propose("dogs"))
-    assert "dogs" in records[0]["object"]
+    records = make(tagger, texts[:1], propose("dog"))
+    assert "dog" in records[0]["object"]
     records = make(tagger, ["a red dog sees a cat", "A red cat sees a dog"], propose())
     assert [r["relation"] for r in records] == [None, None]
 

@@ -609,9 +609,19 @@ def test_a_run_of_other_settings_or_captions_is_not_resumed(world, uninterrupted
 @pytest.mark.parametrize("more", [[], ["--resume"]])
 def test_checkpoints_of_others_are_not_lost(world, tmp_path, more):
     """open_clip's own runs leave epoch_N.pt too."""
-    (tmp_path / "epoch_1.pt").write_bytes(b"somebody's")
-    assert f"{tmp_path} holds" in refused(world, tmp_path, *more)
-    assert (tmp_path / "epoch_1.pt").read_bytes() == b"somebody's"
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"epoch": 1, "state_dict": {}}, path)
+    for content in (path.read_bytes(), b"somebody's"):
+        path.write_bytes(content)
+        assert f"{tmp_path} holds" in refused(world, tmp_path, *more)
+        assert path.read_bytes() == content
+
+
+def test_a_lost_log_begins_anew(world, uninterrupted, tmp_path):
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    for name in ("epoch_8.pt", "log.jsonl"):
+        (folder / name).unlink()
+    assert [line["step"] for line in train(world, folder, *LONG)] == [24]
 
 
 def test_a_broken_or_missing_picture_ends_the_run(world, tmp_path):
