@@ -2,6 +2,7 @@
 
     python figures.py --results results --out figures     # a folder of eval_bench.py --out
     python figures.py --negatives data/toy/negatives_train.jsonl --images data/toy/images --out docs
+    python figures.py --negatives FILE.jsonl --images DIR --out page.html  # to read them by eye
 
 Fig. 4, 5a, 5c, 6: means over the compositional tasks, labelled with the settings in which the runs
 differ; 5b, 5d: what each run has logged; 8, 9, 10: of the items. Fig. 2, captions with their
@@ -9,7 +10,12 @@ negatives, is FOLDER.png of the FOLDER that the .jsonl lies in: toy.png.
 """
 
 import argparse
+import base64
+import difflib
+import html
+import io
 import json
+import random
 from collections import defaultdict
 from pathlib import Path
 
@@ -114,10 +120,45 @@ def draw_negatives(records: list[dict], images: Path, path: Path) -> None:
     panels = []
     for record in records:
         if record["relation"]:
-            lines = [(f"{kind}: {record[kind]}", RED) for kind in KINDS if record[kind]]
+            lines = [(f"{kind}: {record[kind]}", RED) for kind in KINDS if record.get(kind)]
             lines.insert(0, (record["caption"], GREEN))
             panels.append((images / record["image"], record.get("box"), lines))
     pictures(path, panels)
+
+
+def write_page(records: list[dict], images: Path, path: Path, sample: int, seed: int) -> None:
+    """A page that shows by itself, for each kind, a sample of negatives: the picture, all its
+    captions (the one that was changed in green), and the negative, its new words in bold."""
+    siblings = defaultdict(list)
+    for record in records:
+        siblings[record["image"]].append(record["caption"])
+    style = "img{float:left;height:8em;margin:0 1em 1em 0} section{clear:both} b{color:black}"
+    parts = [f"<!doctype html><meta charset=utf-8><title>{path.stem}</title><style>{style}</style>"]
+    for kind in KINDS:
+        made = [record for record in records if record.get(kind)]
+        parts.append(f"<h2>{kind}: {len(made)} of {len(records)} captions</h2>")
+        for record in random.Random(seed).sample(made, min(sample, len(made))):
+            image = open_image(images / record["image"], record.get("box"))
+            image.thumbnail((320, 160))
+            image.save(jpeg := io.BytesIO(), "JPEG")
+            source = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+            parts.append(f"<section><img src='{source}'>")
+            for caption in siblings[record["image"]]:
+                color = GREEN if caption == record["caption"] else "gray"
+                parts.append(f"<div style='color:{color}'>{html.escape(caption)}</div>")
+            new = marked(record["caption"], record[kind])
+            parts.append(f"<div style='color:{RED}'>{new}</div></section>")
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def marked(caption: str, negative: str) -> str:
+    """The negative as HTML, the words that the caption does not have there in bold."""
+    old, new = caption.split(), negative.split()
+    shown = []
+    for what, _, _, start, end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+        text = html.escape(" ".join(new[start:end]))
+        shown.append(text if what == "equal" else f"<b>{text}</b>")
+    return " ".join(shown)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -129,8 +170,14 @@ def main() -> None:
     p.add_argument("--results", type=Path, help="folder that eval_bench.py --out wrote")
     p.add_argument("--negatives", type=Path, help="a .jsonl of negatives.py")
     p.add_argument("--images", type=Path, default=".", help="picture folder of --negatives")
-    p.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    p.add_argument("--out", type=Path, required=True, help="folder, or a page.html of --negatives")
+    p.add_argument("--sample", type=int, default=20, help="negatives of a kind on the page")
+    p.add_argument("--seed", type=int, default=0, help="of the sample")
     args = p.parse_args()
+    if args.out.suffix == ".html":
+        records = read_lines(args.negatives)
+        write_page(records, args.images, args.out, args.sample, args.seed)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     if args.results:
         results = json.loads((args.results / "results.json").read_text())

@@ -3,11 +3,12 @@
     python negatives.py --captions captions_train2014.json --out negatives.jsonl   # RoBERTa fills
     python negatives.py --captions captions.json --out negatives.jsonl --filler ngram  # no download
 
-relation: two noun units change places; attribute, action, object: one adjective, verb, noun is
-masked and filled. Out: one JSON object a line, {"id", "image", "caption", "relation", "attribute",
-"action", "object", "missing"}, and "box" where the input has one. A kind that cannot be made is
-null (the paper: a placeholder string), and "missing" says why. Everything works on token positions,
-never on substrings. Killed at any moment and started again, it goes on where it was.
+relation: two noun units change places; attribute, action, object, number: one adjective, verb,
+noun, number is masked and filled. Out: one JSON object a line, {"id", "image", "caption",
+"relation", "attribute", "action", "object", "number", "missing"}, and "box" where the input has
+one. A kind that cannot be made is null (the paper: a placeholder string), and "missing" says why.
+Everything works on token positions, never on substrings. Killed at any moment and started again, it
+goes on where it was.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import html
 import itertools
 import json
 import os
@@ -34,11 +36,14 @@ import words as word_lists
 from words import BOTH_WAYS, CONTRAST, GLUE, WEAK, may_also_be
 
 # In the paper's order (Sec. 3.2, T_hn): a swap, or the part of speech (spaCy's) that is masked.
-# To add a kind, add an entry.
+# To add a kind, add an entry. Numbers are a further type that Sec. 4.4 names.
 KINDS = {"relation": "swap", "attribute": "ADJ", "action": "VERB", "object": "NOUN"}
+FOUR = list(KINDS)  # the paper's
+KINDS["number"] = "NUM"
 PROPOSALS = 50  # words that a filler proposes for a mask
 TOP = 10  # a fill is drawn from the best TOP of them; one that fails gives its place to the next
 MASKS = 128  # masked captions in one forward pass
+MODIFIERS = ("DET", "NUM", "ADJ", "PRON")  # what stands before a noun and stays in place
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
 
 
@@ -57,33 +62,73 @@ def text_of(words: list[Word]) -> str:
 # ---- The rule (Sec. 3.1): swap two noun units, or mask one word and fill it ----------------------
 
 
-def relation(words: list[Word], captions: set[str], rng: random.Random) -> tuple[str | None, str]:
-    """(the caption with two noun units swapped, ""), or (None, why there is none). A unit is a run
-    of adjacent nouns.
+def relation(
+    words: list[Word], captions: set[str], rng: random.Random, strict: bool = False
+) -> tuple[str | None, str]:
+    """(the caption with two noun units swapped, ""), or (None, why there is none).
 
-    Determiners and modifiers stay in place. No swap says the same as the caption, or is one of the
-    picture's `captions` (lower case).
+    Determiners and modifiers stay in place, so units of one number come first ("a dogs" is refuted
+    by grammar), then units of one sort ("a suitcase carries a man" by the way of the world); with
+    `strict` there are no others. No swap says the same as the caption, or is one of the picture's
+    `captions` (lower case).
     paper: "two noun words" / authors' code: needs three, replaces substrings / we: by position
     """
     pairs = list(itertools.combinations(noun_units(words), 2))
     if not pairs:
         return None, "fewer than two nouns"
-    for first, second in rng.sample(pairs, len(pairs)):
+    rng.shuffle(pairs)
+    pairs.sort(key=lambda pair: unlike(words, *pair))
+    if strict:
+        pairs = [pair for pair in pairs if unlike(words, *pair) == (False, False)]
+    for first, second in pairs:
         # the second unit first: what stands before it keeps its positions
         swapped = replace(words, *second, unit_text(words, *first))
         swapped = text_of(replace(swapped, *first, unit_text(words, *second)))
         if swapped.lower() not in captions and not says_the_same(words, first, second):
             return swapped, ""
-    return None, "every swap says the same"
+    if not pairs:
+        return None, "no two nouns of one number and sort"
+    return None, "every swap says the same, or is another caption of the picture"
 
 
-def choose_mask(words: list[Word], kind: str, rng: random.Random) -> int | None:
-    """The position of one word of the kind's part of speech; None where the caption has none."""
-    positions = []
-    for i, word in enumerate(words):
-        if word.pos == KINDS[kind] and word.text.isalpha() and editable(words, i, i + 1):
-            positions.append(i)
-    return rng.choice(positions) if positions else None
+def unlike(words: list[Word], first: tuple[int, int], second: tuple[int, int]) -> tuple[bool, bool]:
+    """Whether two noun units differ in number, and in sort (person, animal, other)."""
+    numbers, sorts = [], []
+    for start, end in (first, second):
+        head = start  # the last noun, but in "a plate of apples" that before "of"
+        while head + 1 < end and words[head + 1].text != "of":
+            head += 1
+        before = [word for word in words[max(0, start - 3) : start] if word.pos in MODIFIERS]
+        counted = any(word.pos == "NUM" and word.lemma != "one" for word in before)
+        several = counted or any(word.lemma in word_lists.SEVERAL for word in before)
+        numbers.append(several or words[head].tag.endswith("S"))
+        sorts.append([words[head].lemma in sort for sort in word_lists.SORTS])
+    return numbers[0] != numbers[1], sorts[0] != sorts[1]
+
+
+def choose_mask(words: list[Word], kind: str, rng: random.Random) -> tuple[list[Word], int] | None:
+    """The caption, and the position of a word of the kind's part of speech; None if it has none.
+
+    A word that CONTRAST knows comes first: what excludes it is known. A noun inside a compound is
+    not masked: the compound is, as one word ("a teddy bear" -> "a <mask>"), if there is no other.
+    What follows a negation may be false already.
+    """
+    known = set().union(*CONTRAST.get(kind, []))
+    spans = [(i, i + 1) for i in range(len(words))]
+    if KINDS[kind] == "NOUN":
+        spans = noun_runs(words)
+    found = []
+    for start, end in spans:
+        if any(word.text.lower() in word_lists.NEGATIONS for word in words[:start]):
+            break
+        word = words[end - 1]
+        plain = all(w.text.isalpha() or w.pos == "NUM" for w in words[start:end])
+        if word.pos == KINDS[kind] and plain and editable(words, start, end):
+            found.append((word.lemma not in known, end - start, rng.random(), start))
+    if not found:
+        return None
+    _, length, _, start = min(found)
+    return words[:start] + words[start + length - 1 :], start
 
 
 def fill(words: list[Word], position: int, new: str) -> str:
@@ -94,22 +139,38 @@ def fill(words: list[Word], position: int, new: str) -> str:
     return text_of(replace(words, position, position + 1, new))
 
 
-def noun_units(words: list[Word]) -> list[tuple[int, int]]:
-    """(start, end) of each run of adjacent nouns: "teddy bear" is one unit, and moves as one."""
-    units = []
+def noun_runs(words: list[Word]) -> list[tuple[int, int]]:
+    """(start, end) of each run of adjacent nouns, as "teddy bear"."""
+    runs = []
     start = 0  # of the run that ends before i
     for i in range(len(words) + 1):
         if i == len(words) or words[i].pos not in ("NOUN", "PROPN"):
-            if start < i and editable(words, start, i):
-                units.append((start, i))
+            if start < i:
+                runs.append((start, i))
             start = i + 1
-    return units
+    return runs
+
+
+def noun_units(words: list[Word]) -> list[tuple[int, int]]:
+    """What moves as one: a run of nouns, or runs with "of" between them, as "plate of hot food"."""
+    units = []
+    for start, end in noun_runs(words):
+        between = words[units[-1][1] : start] if units else []
+        if between and between[0].text == "of" and all(w.pos in MODIFIERS for w in between[1:]):
+            units[-1] = (units[-1][0], end)
+        else:
+            units.append((start, end))
+    return [unit for unit in units if editable(words, *unit)]
 
 
 def editable(words: list[Word], start: int, end: int) -> bool:
-    """Neither too vague nor a part of a hyphenated word, as "close" in "close-up"."""
-    around = [*words[max(0, start - 1) : start], *words[end : end + 1]]
-    return words[end - 1].lemma not in WEAK and all(word.text != "-" for word in around)
+    """Neither too vague, nor a part only of a fixed phrase, as the dog of "hot dog"."""
+    for border in (start, end):
+        if 0 < border < len(words):
+            pair = f"{words[border - 1].text.lower()} {words[border].lemma}"
+            if pair in word_lists.PHRASES:
+                return False
+    return words[end - 1].lemma not in WEAK
 
 
 def replace(words: list[Word], start: int, end: int, text: str) -> list[Word]:
@@ -118,7 +179,9 @@ def replace(words: list[Word], start: int, end: int, text: str) -> list[Word]:
     words = list(words)
     article = words[start - 1].text.lower() if start > 0 else ""
     if article in ("a", "an") and takes_an(words[start].text) != takes_an(text):
-        words = replace(words, start - 1, start, "an" if takes_an(text) else "a")
+        article = "an" if takes_an(text) else "a"
+        article = article.upper() if text.isupper() and len(text) > 1 else article
+        words = replace(words, start - 1, start, article)
     if opens_sentence(words, start) and words[start].text[0].isupper():
         text = text[0].upper() + text[1:]
     words[start:end] = [words[end - 1]._replace(text=text)]
@@ -177,7 +240,7 @@ def acceptable(proposed: list[str], old: str, kind: str, true: set[str], tagger)
     found = []
     old_groups = [g for g in CONTRAST.get(kind, []) if tagger.lemmas(old) & g]
     for word in dict.fromkeys(word.lower() for word in proposed):
-        if word.isalpha() and not tagger.lemmas(word) & true:
+        if word.isalpha() and len(word) > 1 and not tagger.lemmas(word) & true:
             groups = [g for g in CONTRAST.get(kind, []) if tagger.lemmas(word) & g]
             if groups == old_groups:
                 found.append(word)
@@ -202,7 +265,28 @@ class Tagger:
     def words(self, captions: Iterable[str]) -> Iterator[list[Word]]:
         """The words of each caption; text_of gives the caption back."""
         for doc in self.nlp.pipe(captions, batch_size=256):
-            yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower()) for t in doc]
+            words = []
+            for t in doc:
+                word = Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower())
+                if (
+                    len(words) > 1
+                    and words[-1].text == "-"
+                    and not words[-2].space + words[-1].space
+                ):
+                    text = f"{words[-2].text}-{word.text}"  # "cross-country" is one word
+                    words[-2:] = [word._replace(text=text, lemma=text.lower())]
+                else:
+                    words.append(word)
+            yield words
+
+    def is_english(self, words: list[Word]) -> bool:
+        """Latin letters, and a common word or half of the words no names; three say too little."""
+        letters = [letter for letter in text_of(words) if letter.isalpha()]
+        if 2 * sum(letter.isascii() for letter in letters) < len(letters):
+            return False
+        common = any(word.text.lower() in self.nlp.Defaults.stop_words for word in words)
+        names = sum(word.pos in ("PROPN", "X") for word in words)
+        return common or len(words) <= 3 or 2 * names <= len(words)
 
     def tags(self, filled: list[tuple[list[Word], int, str]]) -> list[str]:
         """The fine tag of each new word in its caption, given as (words, position, new word)."""
@@ -282,7 +366,7 @@ class MaskedLMFiller:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts them from 2
-        self.options = {"padding": True, "truncation": True, "max_length": longest}
+        self.options = {"truncation": True, "max_length": longest}
         # the head of the model sees what its base model hands on: one position a row
         self.model.base_model.register_forward_hook(self._keep_masked)
         # whole words: BPE and SentencePiece mark where one starts, WordPiece where one goes on
@@ -304,11 +388,12 @@ class MaskedLMFiller:
         for words, i in requests:
             masked = words[i]._replace(text=self.tokenizer.mask_token)
             texts.append(text_of([*words[:i], masked, *words[i + 1 :]]))
-        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # little padding
+        ids = self.tokenizer(texts, **self.options)["input_ids"] if texts else []
+        order = sorted(range(len(ids)), key=lambda n: len(ids[n]))  # little padding
         found = [[] for _ in requests]  # and so it stays where truncation took the mask
         for start in range(0, len(order), MASKS):
             batch = order[start : start + MASKS]
-            inputs = self.tokenizer([texts[n] for n in batch], return_tensors="pt", **self.options)
+            inputs = self.tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt")
             inputs = inputs.to(self.device)
             self.is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id
             logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (masks, words)
@@ -326,7 +411,9 @@ class MaskedLMFiller:
 Masked = namedtuple("Masked", "record kind words position rng candidates")
 
 
-def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=0) -> list[dict]:
+def make_negatives(
+    captions: list[dict], filler: Callable, tagger: Tagger, seed: int = 0, strict: bool = False
+) -> list[dict]:
     """One record a caption, with its kinds; `captions` must hold whole pictures. Every draw
     is seeded by `seed` and the caption's id alone."""
     tagged = list(tagger.words(caption["caption"] for caption in captions))
@@ -345,19 +432,23 @@ def make_negatives(captions: list[dict], filler: Callable, tagger: Tagger, seed=
         record = {**caption, **dict.fromkeys(KINDS), "missing": {}}
         records.append(record)
         for kind, rule in KINDS.items():
-            if rule == "swap":
-                record[kind], why = relation(words, siblings[caption["image"]], rng)
-            elif (position := choose_mask(words, kind, rng)) is None:
+            if not tagger.is_english(words):
+                why = "not English"
+            elif rule == "swap":
+                record[kind], why = relation(words, siblings[caption["image"]], rng, strict)
+            elif (mask := choose_mask(words, kind, rng)) is None:
                 why = f"no {tagger.explain(rule)} to mask"
             else:
-                masked.append(Masked(record, kind, words, position, rng, []))
-                why = "every candidate rejected"  # until one is not
+                masked.append(Masked(record, kind, *mask, rng, []))
+                why = "no word for the mask that is surely false"  # until one is found
             if record[kind] is None:
                 record["missing"][kind] = why
 
     proposals = filler([(m.words, m.position) for m in masked])
     for m, proposed in zip(masked, proposals):
         old = m.words[m.position].text
+        if m.kind == "number":
+            proposed = [*proposed, *word_lists.NUMBERS]
         m.candidates.extend(acceptable(proposed, old, m.kind, true[m.record["image"]], tagger))
     fill_in(masked, siblings, tagger)
     return records
@@ -380,7 +471,14 @@ def fill_in(masked: list[Masked], siblings: dict[str, set], tagger: Tagger) -> N
                 m.candidates.clear()
 
 
-def generate(captions: Path, out: Path, filler="roberta-base", seed=0, shard="1/1") -> Path:
+def generate(
+    captions: Path,
+    out: Path,
+    filler: str = "roberta-base",
+    seed: int = 0,
+    shard: str = "1/1",
+    strict_swaps: bool = False,
+) -> Path:
     """Write the negatives of a captions file; returns the file, which appears whole or not at all.
 
     filler  "ngram", or a masked LM of transformers
@@ -400,7 +498,7 @@ def generate(captions: Path, out: Path, filler="roberta-base", seed=0, shard="1/
     every = chunks(records)
     own = every[len(every) * (number - 1) // total : len(every) * number // total]
     lists = Path(word_lists.__file__).read_text()
-    settings = digest([records, KINDS, lists, filler, TOP, seed])[:16]
+    settings = digest([records, KINDS, lists, filler, TOP, seed, strict_swaps])[:16]
     part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(settings) for path in part.iterdir()):
@@ -414,7 +512,7 @@ def generate(captions: Path, out: Path, filler="roberta-base", seed=0, shard="1/
     paths = [part / f"{settings}-{n:06d}.jsonl" for n in range(len(own))]
     for path, chunk in zip(paths, tqdm(own, out.name, unit="chunk")):
         if saved_chunk(path) is None:
-            made = make_negatives(chunk, propose, tagger, seed)
+            made = make_negatives(chunk, propose, tagger, seed, strict_swaps)
             lines = "".join(json.dumps(record) + "\n" for record in made)
             with naming(path):
                 path.write_text(f"{digest(lines)}\n{lines}")
@@ -459,13 +557,18 @@ def read_captions(path: Path) -> list[dict]:
         [{"image", "caption"}, ...]           a Karpathy-style list; caption: one, or a list
         .csv or .tsv with a header            caption or title; image, filepath or url
         a folder                              FILE.txt holds the caption of FILE.jpg (img2dataset)
-    An "id" that is not given counts from 0. White space is folded, as CLIP's tokenizer does. COCO's
+    An "id" that is not given counts from 0. White space is folded and HTML's "&amp;" is "&", as
+    CLIP's tokenizer does. COCO's
     captions are sorted by picture, all others keep their order. Raises BadInput.
     """
     records = []
     with naming(path, "a captions file"):
         for number, record in enumerate(read_records(path)):
-            text = " ".join(record["caption"].split()).encode("utf-8", "replace").decode()
+            text = (
+                " ".join(html.unescape(record["caption"]).split())
+                .encode("utf-8", "replace")
+                .decode()
+            )
             records.append({"id": number, **record, "caption": text})
     if not records:
         raise BadInput(f"{path} holds no captions")
@@ -556,6 +659,7 @@ def main() -> None:
     filler = "ngram, or a masked LM: hub name or folder [Sec. 3.1: RoBERTa]"
     p.add_argument("--filler", default="roberta-base", help=filler)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--strict-swaps", action="store_true", help="only nouns of one number and sort")
     p.add_argument("--shard", default="1/1", help="I/N: make only the I-th of N shares, OUT.I-of-N")
     out = generate(**vars(p.parse_args()))
     counts = Counter()

@@ -44,6 +44,12 @@ SYNONYMS = [
     "old elderly older",
     "dark black",
     "light white bright",
+    "closed shut",
+    "park stop",
+    "swan goose duck",
+    "metal metallic",
+    "warm hot",
+    "cool cold",
     "tan golden yellow blond blonde",
     "tan brown",
     "gray grey silver",
@@ -80,13 +86,19 @@ RIDERS = "player rider biker bicyclist cyclist motorcyclist racer jockey driver"
 ATHLETES = "skier snowboarder surfer skater skateboarder rollerblader climber hiker runner swimmer"
 ROLES = "wrestler worker officer performer dancer singer musician athlete friend family team crowd"
 CLOTHES = "shirt jacket coat top sweater shorts pants dress"
+ANIMALS = "animal dog puppy cat kitten horse pony cow bull calf sheep lamb goat bird duck goose"
+ANIMALS += " swan seagull pigeon parrot elephant bear zebra giraffe monkey lion tiger deer"
 EVERYBODY = f"{RIDERS} {ATHLETES} {ROLES}"
 
 # (names, kinds): each of the names may be true of what one of the kinds is true of.
 HYPERNYMS = [
     (f"man guy male gentleman fellow boy {PERSONS}", EVERYBODY),
     (f"woman lady girl female {PERSONS}", f"{EVERYBODY} schoolgirl blond blonde brunette"),
-    ("animal creature pet", "dog cat horse cow sheep goat bird elephant bear zebra giraffe monkey"),
+    ("animal creature pet", ANIMALS),
+    ("bird", "duck goose swan seagull gull pigeon parrot owl eagle hawk penguin chicken crow"),
+    ("tree plant", "bush palm pine shrub"),
+    ("plant", "flower tree bush grass"),
+    ("sign", "stop"),
     ("dog puppy hound", "doberman greyhound terrier collie retriever poodle labrador shepherd"),
     ("vehicle", "car bus truck van train motorcycle bike bicycle scooter"),
     ("building structure", "house tower church home shop store barn"),
@@ -102,19 +114,58 @@ COLORS = "red orange yellow green blue purple pink brown black white gray grey t
 POSTURES = "stand sit lie lay sleep kneel crouch squat lean rest pose"
 MOVES = "walk stroll jog run jump leap hop swim dive fly ride climb crawl slide skate ski surf"
 
+NUMBERS = "two three four five six seven eight nine ten".split()
+SYNONYMS += [f"{word} {number}" for number, word in enumerate(NUMBERS, 2)]
+
 # Of the words of a group one at most is true of a thing; a word of another group may be true too.
 CONTRAST = {
     "attribute": [
         f"{COLORS} blond blonde",
         "big large huge small tiny little tall short long",
         "young old elderly",
+        "open closed",
+        "empty full",
+        "wet dry",
+        "wooden metal metallic plastic glass concrete leather",
+        "hot cold warm cool",
+        "clean dirty",
+        "indoor outdoor",
+        "male female",
+        "sunny cloudy rainy snowy foggy stormy",
+        "round square rectangular oval triangular",
+        "straight curved",
+        "happy sad angry",
+        "modern old ancient vintage",
     ],
     "action": [
         f"{POSTURES} {MOVES} dance fall swing float race hike drive",
         "hold carry throw kick hit wear eat drink push pull drop wash read cut cook",
+        "open close",
+        "smile cry frown yell",
     ],
+    "number": [" ".join(NUMBERS + [str(number) for number in range(2, 11)])],
 }
 CONTRAST = {kind: [set(group.split()) for group in groups] for kind, groups in CONTRAST.items()}
+
+# Sorts of things: a swap within one is likelier to be imaginable.
+PEOPLE = f"man guy gentleman fellow boy woman lady girl {PERSONS} {EVERYBODY}"
+SORTS = [set(PEOPLE.split()), set(ANIMALS.split())]
+# "one" and "a" aside, what stands before several things.
+SEVERAL = set("several many few both these those numerous multiple various some all dozen".split())
+
+# A word of these is neither masked nor moved without the other.
+PHRASES = set(
+    """
+hot dog,french fry,stainless steel,fire hydrant,polar bear,teddy bear,stuffed animal,double decker
+double deck,living room,dining room,flat screen,remote control,close up,traffic light,stop sign
+parking lot,parking meter,cell phone,high chair,ice cream,ski slope,grizzly bear,brown bear
+bowling ball,ping pong,christmas tree,ferris wheel,swimming pool,washing machine,running shoe
+black bear,sea gull,cutting board,baseball bat,tennis racket,wine glass,palm tree,chain link
+fast food,orange juice,green bean,sweet potato,red sox,white house,big ben,old fashioned
+black and,and white,full length,high rise,high school,real estate,little league
+""".replace("\n", ",").split(",")
+)
+NEGATIONS = set("no not n't without never nothing nobody none neither nor".split())
 
 # Too vague to make a caption false, or no object: neither masked, nor filled in, nor moved.
 WEAK = set(
@@ -124,7 +175,7 @@ number set variety kind type sort piece bit way time day background foreground t
 area place scene air distance
 other same different various several many few more most some such own multiple single next last good
 nice great beautiful pretty lovely cute interesting real main whole entire available ready able
-similar
+similar very close half something anything everything
 be have do get go take make use show see seem appear contain include feature come let keep help try
 """.split()
 )

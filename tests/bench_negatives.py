@@ -63,11 +63,12 @@ def main() -> None:
     texts = []  # the same with <mask>
     for words in negatives.Tagger().words(captions):
         for kind, rule in negatives.KINDS.items():
-            position = None if rule == "swap" else negatives.choose_mask(words, kind, rng)
-            if position is not None and len(requests) < args.masks:
-                requests.append((words, position))
-                masked = words[position]._replace(text="<mask>")
-                texts.append(negatives.text_of([*words[:position], masked, *words[position + 1 :]]))
+            mask = None if rule == "swap" else negatives.choose_mask(words, kind, rng)
+            if mask and len(requests) < args.masks:
+                requests.append(mask)
+                left, position = mask
+                masked = left[position]._replace(text="<mask>")
+                texts.append(negatives.text_of([*left[:position], masked, *left[position + 1 :]]))
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, captions)
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ce_clip
-from ce_clip import KINDS, Encoder
+from ce_clip import FOUR, Encoder
 
 
 class Plain(Encoder):
@@ -44,9 +44,9 @@ def measure(args) -> None:
     records = random.Random(0).sample(records, args.batch_size)
     torch.manual_seed(0)
     loaded = ce_clip.build_model(args.model)
-    texts = [[r["caption"], *(r[kind] or "###" for kind in KINDS)] for r in records]
+    texts = [[r["caption"], *(r[kind] or "###" for kind in FOUR)] for r in records]
     tokens = torch.stack([loaded.tokenizer(five) for five in texts])
-    valid = torch.tensor([[r[kind] is not None for kind in KINDS] for r in records])
+    valid = torch.tensor([[r[kind] is not None for kind in FOUR] for r in records])
     size = loaded.model.visual.image_size
     images = torch.randn(len(records), 3, *(size if isinstance(size, tuple) else (size, size)))
     images, on_device = images.to(device), valid.to(device)
@@ -55,7 +55,7 @@ def measure(args) -> None:
     encoder = kind(loaded.model.to(device).train(), device.type == "cuda", micro)
     parameters = loaded.model.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=5e-6, fused=args.way != "plain")
-    threshold = torch.zeros(len(KINDS), device=device)
+    threshold = torch.zeros(len(FOUR), device=device)
     for step in range(args.steps + 1):
         if step == 1:  # the first one warms up
             if device.type == "cuda":
@@ -78,7 +78,7 @@ def measure(args) -> None:
 def measure_loader(args) -> None:
     """Batches of the trainer's own loader with nothing to consume them."""
     loaded = ce_clip.build_model(args.model)
-    records = ce_clip.Records(Path(args.negatives), Path(args.images), list(KINDS))
+    records = ce_clip.Records(Path(args.negatives), Path(args.images), list(FOUR))
     batches = iter(
         DataLoader(
             ce_clip.Pairs(records, loaded, seed=0),

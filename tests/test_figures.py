@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 import figures
-from negatives import KINDS, run
+from negatives import FOUR, run
 
 pytest.importorskip("matplotlib")
-SETTINGS = {"kinds": list(KINDS), "threshold": None, "alpha": 0.2, "beta": 0.4, "seed": 42}
+SETTINGS = {"kinds": list(FOUR), "threshold": None, "alpha": 0.2, "beta": 0.4, "seed": 42}
 RUNS = {"full": {}, "object": {"kinds": ["object"]}, "fixed": {"threshold": 5.0}}
 
 
@@ -29,7 +29,7 @@ def results(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         config = SETTINGS | settings | {"captions": [[n, f"digest {n}"]]}
         (folder / "config.json").write_text(json.dumps(config))
-        thresholds = {f"threshold_{kind}": 0.5 * n for kind in KINDS}
+        thresholds = {f"threshold_{kind}": 0.5 * n for kind in FOUR}
         log = [{"step": s, "itc": 5 - s, "imc": 2, "cmr": s, **thresholds} for s in (1, 2, 3)]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         cells = {"aro Relation": cell(30.0 + n), "vlc Avg": cell(None), "coco T2I R@5": cell(1.0)}
@@ -81,16 +81,13 @@ def test_what_the_figures_show(results, monkeypatch, shown):
     [means] = shown["fig4-5a-5c-6"]
     assert list(means.values()) == [[50], [51], [52], [40]]
     labels = [label.split("\n") for label in means]
-    assert labels[0] == [
-        f"{results}/runs/full/epoch_5.pt",
-        f"kinds {list(KINDS)}",
-        "threshold None",
-    ]
+    assert labels[0] == [f"{results}/runs/full/epoch_5.pt", f"kinds {list(FOUR)}", "threshold None"]
     assert labels[1][1] == "kinds ['object']"
-    assert labels[2][1:] == [f"kinds {list(KINDS)}", "threshold 5.0"]
+    assert labels[2][1:] == [f"kinds {list(FOUR)}", "threshold 5.0"]
     assert labels[3] == ["openai"]
     log, columns = shown["fig5b-runs-fixed"]
-    assert [line[column] for line in log for column in columns] == [1] * 12
+    assert columns == [*log[0]][4:] + ["threshold_number"]  # which the run was not trained on
+    assert [line[column] for line in log for column in columns[:4]] == [1] * 12
     log, columns = shown["fig5d-runs-full"]
     assert [[line[column] for line in log] for column in columns] == [[4, 3, 2], [2] * 3, [1, 2, 3]]
     assert shown["fig8-aro-similarity"] == ({"full": [0.75] * 3, "openai": [0.75] * 3},)
@@ -138,7 +135,7 @@ def test_captions_with_their_negatives(world, monkeypatch, tmp_path, shown):
         (first["caption"], figures.GREEN),
         (f"relation: {first['relation']}", figures.RED),
     ]
-    assert len(lines) == 1 + sum(first[kind] is not None for kind in KINDS) < 5
+    assert len(lines) == 1 + sum(first[kind] is not None for kind in FOUR) < 5
 
 
 def test_ten_of_the_panels_are_drawn(world, monkeypatch, tmp_path):
@@ -150,3 +147,16 @@ def test_ten_of_the_panels_are_drawn(world, monkeypatch, tmp_path):
         drawn.clear()
         figures.pictures(tmp_path / "a.png", [(n, None, [("a", "gray")]) for n in range(count)])
         assert min(count, 5) <= len(drawn) <= 10 and drawn[0] == 0
+
+
+def test_page_to_read_negatives_by_eye(world, monkeypatch, tmp_path):
+    out = tmp_path / "page.html"
+    arguments = ["--negatives", world / "negatives.jsonl", "--images", world, "--out", out]
+    command(monkeypatch, *arguments, "--sample", 3)
+    page = out.read_text()
+    assert page.count("<img src='data:image/jpeg;base64,") == 3 * 4  # and of numbers there are none
+    assert "<h2>number: 0 of 24 captions</h2>" in page
+    assert "http" not in page and "a <b>blue</b> dog chases a ball" in page
+    assert figures.marked("a <b> dog", "a <b> cat") == "a &lt;b&gt; <b>cat</b>"
+    command(monkeypatch, *arguments, "--sample", 3, "--seed", 1)
+    assert out.read_text() != page

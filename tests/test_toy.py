@@ -14,7 +14,7 @@ from conftest import ROOT
 import negatives
 import toy
 from ce_clip import build_model
-from negatives import KINDS
+from negatives import FOUR
 from toy import Scene
 
 SMALLER = "--batch-size 32 --log-every 1"
@@ -129,7 +129,7 @@ def test_pairs_of_the_test_pictures_are_records_of_one_true_caption(small):
             # "and a blue tree" is beyond the grammar: it names an object that is not there
             truth = toy.is_true(record[kind], scene[image])
             assert truth is (None if kind == "add object" else False), record
-    assert set(found) == {*KINDS, *HELD_OUT}
+    assert set(found) == {*FOUR, *HELD_OUT}
     assert found["action"] + found["above/below"] == found["relation"] == 40
 
 
@@ -148,13 +148,13 @@ def test_generated_negatives_are_false_for_the_picture(small):
     truth, made = Counter(), Counter()
     for line in (data / "negatives_train.jsonl").read_text().splitlines():
         record = json.loads(line)
-        for kind in KINDS:
+        for kind in FOUR:
             if record[kind]:
                 made[kind] += 1
                 truth[toy.is_true(record[kind], scene[record["image"]])] += 1
     assert truth[True] / truth.total() < 0.005
     assert truth[None] / truth.total() < 0.005  # "a boat barn": the tagger took a colour for a noun
-    assert all(made[kind] > 150 for kind in KINDS)
+    assert all(made[kind] > 150 for kind in FOUR)
 
 
 def test_toy_sh_on_a_small_world(small):
@@ -190,6 +190,6 @@ def test_toy_sh_on_a_small_world(small):
     rows = [f"runs/toy-7/{name}/epoch_1.pt" for name in first]
     assert list(pairs) == list(recall) == rows
     for row in rows:
-        assert set(pairs[row]) == {*KINDS, *HELD_OUT, "mean"}
+        assert set(pairs[row]) == {*FOUR, *HELD_OUT, "mean"}
         assert pairs[row]["relation"]["total"] == recall[row]["I2T R@1"]["total"] == 40
     assert "I2T R@1" in done.stdout

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ce_clip
 import negatives
-from ce_clip import KINDS, LOSSES, BadInput, Encoder, gather
+from ce_clip import FOUR, LOSSES, BadInput, Encoder, gather
 
 read = functools.partial(torch.load, weights_only=True)
 TEXT = TINY["text_cfg"] | {"context_length": 24}
@@ -252,7 +252,7 @@ def test_regions_are_cropped_and_large_jpegs_decoded_at_a_fraction_of_their_size
 
 def test_augmentation_depends_on_seed_epoch_and_item_alone(world, monkeypatch):
     loaded = model_of(world)._replace(train_transform=lambda picture: torch.rand(3))
-    records = ce_clip.Records(world / "negatives.jsonl", world, list(KINDS))
+    records = ce_clip.Records(world / "negatives.jsonl", world, list(FOUR))
     drafts, real = set(), ce_clip.open_image
     monkeypatch.setattr(ce_clip, "open_image", lambda *args: drafts.add(args[2]) or real(*args))
     pairs = ce_clip.Pairs(records, loaded, seed=0)
@@ -306,7 +306,7 @@ def test_data_are_a_union_of_files_and_names(world, tmp_path, monkeypatch):
 
 def example_batch(world, seed=0):
     loaded = model_of(world, seed=seed)
-    records = ce_clip.Records(world / "negatives.jsonl", world, list(KINDS))
+    records = ce_clip.Records(world / "negatives.jsonl", world, list(FOUR))
     pairs = ce_clip.Pairs(records, loaded._replace(train_transform=loaded.eval_transform), 0)
     return loaded.model, [torch.stack(x) for x in zip(*(pairs[0, i] for i in range(8)))]
 
@@ -335,7 +335,7 @@ def gradients(world, released=False, micro=0) -> dict[str, torch.Tensor]:
     image, text, scale, itm = encoder(images, tokens, valid)
     image, text, valid = gather(image), gather(text), gather(valid)
     sims = ce_clip.similarities(image, text, scale)
-    loss, _ = ce_clip.ce_clip_loss(*sims, torch.ones(len(KINDS)), valid)
+    loss, _ = ce_clip.ce_clip_loss(*sims, torch.ones(len(FOUR)), valid)
     if released:
         every = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])
         loss = loss + 0.2 * ce_clip.imc_loss_released(every, valid)
@@ -422,10 +422,10 @@ def test_run_on_one_and_two_processes(world, tmp_path):
         assert line == pytest.approx(line_2, rel=1e-3)
     assert [line["step"] * line["epoch"] for line in log] == [1, 2, 3, 8, 10, 12]
     names = "step epoch loss itc imc cmr itm logit_scale lr".split()
-    assert {*log[0]} == {*names, *(f"threshold_{kind}" for kind in KINDS)}
+    assert {*log[0]} == {*names, *(f"threshold_{kind}" for kind in FOUR)}
     assert [line["lr"] for line in log] == [1e-3 * ce_clip.lr_factor(i, 2, 6) for i in range(6)]
     settings = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert (settings["kinds"], settings["losses"]) == (list(KINDS), LOSSES[0])
+    assert (settings["kinds"], settings["losses"]) == (list(FOUR), LOSSES[0])
     epoch = read(tmp_path / "two" / "epoch_2.pt")
     groups = epoch["optimizer"]["param_groups"]
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(log[5]["lr"], x) for x in (0, 0.1)]
@@ -441,7 +441,7 @@ def test_run_on_one_and_two_processes(world, tmp_path):
 
 def test_thresholds_are_those_of_the_step_before(world, tmp_path):
     """A kind that the batch, here of one pair, has not keeps its own."""
-    names = [f"threshold_{kind}" for kind in KINDS]
+    names = [f"threshold_{kind}" for kind in FOUR]
     log = train(world, tmp_path / "x", *"--batch-size 1 --epochs 1 --upper-bound 1e6".split())
     for line, following, [(_, i)] in zip(log, log[1:], ce_clip.batch_keys(24, 1, 1, 42)):
         kept = [line[name] == following[name] for name in names]
@@ -467,7 +467,7 @@ def test_losses_of_table_4_are_settings_of_eq_8(world, tmp_path):
     assert not any(name.startswith("threshold") for name in found["itc"])
     [keys] = ce_clip.batch_keys(24, 24, 1, 42)
     loaded = model_of(world, seed=42)
-    pairs = ce_clip.Pairs(ce_clip.Records(world / "negatives.jsonl", world, KINDS), loaded, 42)
+    pairs = ce_clip.Pairs(ce_clip.Records(world / "negatives.jsonl", world, FOUR), loaded, 42)
     images, tokens, valid = (torch.stack(x) for x in zip(*(pairs[key] for key in keys)))
     _, text, scale, _ = Encoder(loaded.model)(images, tokens, valid)
     every = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])
@@ -475,18 +475,19 @@ def test_losses_of_table_4_are_settings_of_eq_8(world, tmp_path):
     assert found["itc,hn,imc_released,cmr"]["imc"] == pytest.approx(released, rel=1e-5)
 
 
-def test_kinds_that_are_trained_on(world, tmp_path, monkeypatch):
-    """The settings of a run include them; a fifth needs an entry in KINDS alone."""
+def test_kinds_that_are_trained_on(world, tmp_path):
+    """The paper's four, fewer, or also a fifth; the settings of a run include them."""
     log = train(world, tmp_path / "x", "--kinds", "object", "relation")
     assert [k for k in log[0] if "threshold" in k] == ["threshold_relation", "threshold_object"]
     message = refused(world, tmp_path / "x", "--resume")
     assert "x was begun with kinds ['relation', 'object']: resume with the same" in message
-    monkeypatch.setitem(negatives.KINDS, "number", "NUM")
-    assert "is not a record of negatives.py: KeyError 'number'" in refused(world, tmp_path / "y")
+    more = ["--kinds", *FOUR, "number"]
+    message = "is not a record of negatives.py: KeyError 'number'"
+    assert message in refused(world, tmp_path / "y", *more)
     five = Path(shutil.copytree(world, tmp_path / "five"))
     lines = (world / "negatives.jsonl").read_text().replace("}", ', "number": "two dogs"}')
     (five / "negatives.jsonl").write_text(lines)
-    log = train(five, tmp_path / "z")
+    log = train(five, tmp_path / "z", *more)
     assert log[1]["threshold_number"] not in (0, log[1]["threshold_object"])
     assert read(tmp_path / "z" / "epoch_2.pt")["threshold"].shape == (5,)
 
