@@ -41,7 +41,6 @@ KINDS = {"relation": "swap", "attribute": "ADJ", "action": "VERB", "object": "NO
 FOUR = list(KINDS)  # the paper's
 KINDS["number"] = "NUM"
 PROPOSALS = 50  # words that a filler proposes for a mask
-TOP = 10  # a fill is drawn from the best TOP of them; one that fails gives its place to the next
 MASKS = 128  # masked captions in one forward pass
 MODIFIERS = ("DET", "NUM", "ADJ", "PRON")  # what stands before a noun and stays in place
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
@@ -455,13 +454,15 @@ def make_negatives(
 
 
 def fill_in(masked: list[Masked], siblings: dict[str, set], tagger: Tagger) -> None:
-    """Into each record goes one of its best TOP candidates that, tagged in its caption, keeps the
-    fine tag ("walks" gives way to no "walk"), and makes no caption of the picture. All records try
-    one at a time, to be tagged together."""
+    """Into each record goes one of its candidates that, tagged in its caption, keeps the fine tag
+    ("walks" gives way to no "walk"), and makes no caption of the picture. The n-th best is drawn
+    with weight 1/n: uncommon fills would be told from captions without a look at the picture. All
+    records try one at a time, to be tagged together."""
     while masked := [m for m in masked if m.candidates]:
         filled = []
         for m in masked:
-            drawn = m.rng.randrange(min(TOP, len(m.candidates)))
+            weights = [1 / rank for rank in range(1, len(m.candidates) + 1)]
+            drawn = m.rng.choices(range(len(weights)), weights)[0]
             filled.append((m.words, m.position, m.candidates.pop(drawn)))
         for m, new, tag in zip(masked, filled, tagger.tags(filled)):
             text = fill(*new)
@@ -498,7 +499,7 @@ def generate(
     every = chunks(records)
     own = every[len(every) * (number - 1) // total : len(every) * number // total]
     lists = Path(word_lists.__file__).read_text()
-    settings = digest([records, KINDS, lists, filler, TOP, seed, strict_swaps])[:16]
+    settings = digest([records, KINDS, lists, filler, seed, strict_swaps])[:16]
     part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(settings) for path in part.iterdir()):
