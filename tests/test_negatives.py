@@ -322,6 +322,9 @@ def test_ngram_ranks_by_both_neighbours_first():
     ranked = ["red", "big", "old", "tiny"]
     assert filler([(words("a/DT red/ADJ cat/NN"), 1)]) == [ranked]
     assert filler([(words("a/DT red/NN cat/NN"), 1)]) == [[]]  # another tag: nothing known
+    # big 3*1/13 is before red 2*2/18, which is seen more often but everywhere
+    more = negatives.NgramFiller([words(text) for text in seen + ["a/DT big/ADJ dog/NN"] * 2])
+    assert more([(words("a/DT red/ADJ cat/NN"), 1)])[0][:2] == ["big", "red"]
 
 
 def test_masked_lm_proposes_whole_words_and_does_not_depend_on_the_batch(tiny_roberta):
