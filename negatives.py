@@ -97,10 +97,13 @@ def unlike(words: list[Word], first: tuple[int, int], second: tuple[int, int]) -
         head = start  # the last noun, but in "a plate of apples" that before "of"
         while head + 1 < end and words[head + 1].text != "of":
             head += 1
-        before = [word for word in words[max(0, start - 3) : start] if word.pos in MODIFIERS]
+        before = list(itertools.takewhile(lambda w: w.pos in MODIFIERS, reversed(words[:start])))
         counted = any(word.pos == "NUM" and word.lemma != "one" for word in before)
         several = counted or any(word.lemma in word_lists.SEVERAL for word in before)
-        numbers.append(several or words[head].tag.endswith("S"))
+        if several or words[head].tag.endswith("S"):
+            numbers.append("several")
+        else:  # one, or bare: "water"
+            numbers.append("one" if any(word.pos != "ADJ" for word in before) else "bare")
         sorts.append([words[head].lemma in sort for sort in word_lists.SORTS])
     return numbers[0] != numbers[1], sorts[0] != sorts[1]
 
@@ -108,9 +111,10 @@ def unlike(words: list[Word], first: tuple[int, int], second: tuple[int, int]) -
 def choose_mask(words: list[Word], kind: str, rng: random.Random) -> tuple[list[Word], int] | None:
     """The caption, and the position of a word of the kind's part of speech; None if it has none.
 
-    A word that CONTRAST knows comes first: what excludes it is known. A noun inside a compound is
-    not masked: the compound is, as one word ("a teddy bear" -> "a <mask>"), if there is no other.
-    What follows a negation may be false already.
+    A word that CONTRAST knows comes first: what excludes it is known. Nouns beside "of" come last
+    ("a bottle of beer" has few likes). A noun inside a compound is not masked: the compound is, as
+    one word ("a teddy bear" -> "a <mask>"), if there is no other. What follows a negation may be
+    false already.
     """
     known = set().union(*CONTRAST.get(kind, []))
     spans = [(i, i + 1) for i in range(len(words))]
@@ -123,10 +127,11 @@ def choose_mask(words: list[Word], kind: str, rng: random.Random) -> tuple[list[
         word = words[end - 1]
         plain = all(w.text.isalpha() or w.pos == "NUM" for w in words[start:end])
         if word.pos == KINDS[kind] and plain and editable(words, start, end):
-            found.append((word.lemma not in known, end - start, rng.random(), start))
+            measure = "of" in (w.text for w in words[max(0, start - 1) : end + 1])
+            found.append((word.lemma not in known, measure, end - start, rng.random(), start))
     if not found:
         return None
-    _, length, _, start = min(found)
+    *_, length, _, start = min(found)
     return words[:start] + words[start + length - 1 :], start
 
 
@@ -234,14 +239,15 @@ def acceptable(proposed: list[str], old: str, kind: str, true: set[str], tagger)
 
     None of their lemmas is `true` (WEAK, in a caption of the picture, or what may also be one that
     is), and they are in the groups of CONTRAST that `old` is in, if any: a colour gives way to a
-    colour, and to nothing else.
+    colour, and to nothing else. An object gives way to one of its sort: a person to a person.
     """
     found = []
-    old_groups = [g for g in CONTRAST.get(kind, []) if tagger.lemmas(old) & g]
+    every = word_lists.SORTS if kind == "object" else CONTRAST.get(kind, [])
+    old_groups = [group for group in every if tagger.lemmas(old) & group]
     for word in dict.fromkeys(word.lower() for word in proposed):
-        if word.isalpha() and len(word) > 1 and not tagger.lemmas(word) & true:
-            groups = [g for g in CONTRAST.get(kind, []) if tagger.lemmas(word) & g]
-            if groups == old_groups:
+        if word.isalpha() and len(word) > 1:
+            groups = [group for group in every if tagger.lemmas(word) & group]
+            if groups == old_groups and not tagger.lemmas(word) & true:
                 found.append(word)
     return found
 

@@ -89,7 +89,7 @@ ROLES += " batter catcher umpire pitcher referee coach goalie cook chef policema
 ROLES += " farmer fisherman bride groom tourist passenger pedestrian student teacher spectator"
 CLOTHES = "shirt jacket coat top sweater shorts pants dress"
 ANIMALS = "animal dog puppy cat kitten horse pony cow bull calf sheep lamb goat bird duck goose"
-ANIMALS += " swan seagull pigeon parrot elephant bear zebra giraffe monkey lion tiger deer"
+ANIMALS += " swan seagull pigeon parrot elephant bear zebra giraffe monkey lion tiger deer fish"
 EVERYBODY = f"{RIDERS} {ATHLETES} {ROLES}"
 
 # (names, kinds): each of the names may be true of what one of the kinds is true of.
@@ -177,7 +177,8 @@ number set variety kind type sort piece bit way time day background foreground t
 area place scene air distance
 other same different various several many few more most some such own multiple single next last good
 nice great beautiful pretty lovely cute interesting real main whole entire available ready able
-similar very close half something anything everything
+similar very close half something anything everything view image assortment direction game wild
+incoming dozen home event
 be have do get go take make use show see seem appear contain include feature come let keep help try
 """.split()
 )
