@@ -239,17 +239,19 @@ def acceptable(proposed: list[str], old: str, kind: str, true: set[str], tagger)
 
     None of their lemmas is `true` (WEAK, in a caption of the picture, or what may also be one that
     is), and they are in the groups of CONTRAST that `old` is in, if any: a colour gives way to a
-    colour, and to nothing else. An object gives way to one of its sort: a person to a person.
+    colour, and to nothing else. Objects of the same sort come first: a person for a person.
     """
-    found = []
+    alike, others = [], []
     every = word_lists.SORTS if kind == "object" else CONTRAST.get(kind, [])
     old_groups = [group for group in every if tagger.lemmas(old) & group]
     for word in dict.fromkeys(word.lower() for word in proposed):
         if word.isalpha() and len(word) > 1:
             groups = [group for group in every if tagger.lemmas(word) & group]
             if groups == old_groups and not tagger.lemmas(word) & true:
-                found.append(word)
-    return found
+                alike.append(word)
+            elif not tagger.lemmas(word) & true:
+                others.append(word)
+    return alike + others if kind == "object" else alike
 
 
 class Tagger:
