@@ -39,7 +39,8 @@ import words as word_lists
 KINDS = {"relation": "swap", "attribute": "ADJ", "action": "VERB", "object": "NOUN"}
 FOUR = list(KINDS)  # the paper's
 KINDS["number"] = "NUM"
-PROPOSALS = 50  # words that a filler proposes for a mask
+CANDIDATES = 50  # words that a filler proposes for a mask, and swaps that it compares, at most
+LAST = 1e-3  # weight of words that are drawn where there are hardly others
 MASKS = 128  # masked captions in one forward pass
 MODIFIERS = ("DET", "NUM", "ADJ", "PRON")  # what stands before a noun and stays in place
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
@@ -60,10 +61,17 @@ def text_of(words: list[Word]) -> str:
 # ---- The rule (Sec. 3.1): swap two noun units, or mask one word and fill it ----------------------
 
 
+class Swap(NamedTuple):
+    caption: str  # with two noun units swapped
+    words: list[Word]  # of the caption as it was, each of the two units as its head alone
+    first: int  # where these stand
+    second: int
+
+
 def relation(
     words: list[Word], captions: set[str], rng: random.Random, strict: bool = False
-) -> tuple[str | None, str]:
-    """(the caption with two noun units swapped, ""), or (None, why there is none).
+) -> list[Swap]:
+    """The swaps of two noun units that are alike, in random order, or if there are none, of others.
 
     Determiners and modifiers stay in place, so units of one number come first ("a dogs" is refuted
     by grammar), then units of one sort ("a suitcase carries a man" by the way of the world); with
@@ -72,35 +80,43 @@ def relation(
     paper: "two noun words" / authors' code: needs three, replaces substrings / we: by position
     """
     pairs = list(itertools.combinations(noun_units(words), 2))
-    if not pairs:
-        return None, "fewer than two nouns"
     rng.shuffle(pairs)
-    for first, second in sorted(pairs, key=lambda pair: unlike(words, *pair)):
-        if strict and any(unlike(words, first, second)):
-            return None, "no swap of nouns of one number and sort"
+    found = defaultdict(list)
+    for first, second in pairs:
         # the second unit first: what stands before it keeps its positions
         swapped = replace(words, *second, unit_text(words, *first))
         swapped = text_of(replace(swapped, *first, unit_text(words, *second)))
         if swapped.lower() not in captions and not says_the_same(words, first, second):
-            return swapped, ""
-    return None, "every swap says the same, or is another caption of the picture"
+            start, end = head(words, *first), head(words, *second)
+            between = words[first[1] : second[0]]
+            heads = [*words[: first[0]], words[start], *between, words[end], *words[second[1] :]]
+            swap = Swap(swapped, heads, first[0], first[0] + 1 + len(between))
+            found[unlike(words, first, second)].append(swap)
+    if strict:
+        return found[False, False]
+    return found[min(found)] if found else []
+
+
+def head(words: list[Word], start: int, end: int) -> int:
+    """The last noun of a unit, but in "a plate of apples" that before "of"."""
+    while start + 1 < end and words[start + 1].text != "of":
+        start += 1
+    return start
 
 
 def unlike(words: list[Word], first: tuple[int, int], second: tuple[int, int]) -> tuple[bool, bool]:
-    """Whether two noun units differ in number, and in sort (person, animal, other)."""
+    """Whether two noun units differ in number, and in sort (SORTS, or none of them)."""
     numbers, sorts = [], []
     for start, end in (first, second):
-        head = start  # the last noun, but in "a plate of apples" that before "of"
-        while head + 1 < end and words[head + 1].text != "of":
-            head += 1
+        noun = words[head(words, start, end)]
         before = list(itertools.takewhile(lambda w: w.pos in MODIFIERS, reversed(words[:start])))
         counted = any(word.pos == "NUM" and word.lemma != "one" for word in before)
         several = counted or any(word.lemma in word_lists.SEVERAL for word in before)
-        if several or words[head].tag.endswith("S"):
+        if several or noun.tag.endswith("S"):
             numbers.append("several")
         else:  # one, or bare: "water"
             numbers.append("one" if any(word.pos != "ADJ" for word in before) else "bare")
-        sorts.append([words[head].lemma in sort for sort in word_lists.SORTS])
+        sorts.append([noun.lemma in sort for sort in word_lists.SORTS])
     return numbers[0] != numbers[1], sorts[0] != sorts[1]
 
 
@@ -152,11 +168,13 @@ def noun_runs(words: list[Word]) -> list[tuple[int, int]]:
 
 
 def noun_units(words: list[Word]) -> list[tuple[int, int]]:
-    """What moves as one: a run of nouns, or runs with "of" between them, as "plate of hot food"."""
+    """What moves as one: a run of nouns, or runs with "of" between them, as "plate of hot food";
+    but "in front of a house" and "a group of men" stay, and the house and the men move."""
     units = []
     for start, end in noun_runs(words):
         between = words[units[-1][1] : start] if units else []
-        if between and between[0].text == "of" and all(w.pos in MODIFIERS for w in between[1:]):
+        joined = between and between[0].text == "of" and editable(words, *units[-1])
+        if joined and all(word.pos in MODIFIERS for word in between[1:]):
             units[-1] = (units[-1][0], end)
         else:
             units.append((start, end))
@@ -230,24 +248,28 @@ def says_the_same(words: list[Word], a: tuple[int, int], b: tuple[int, int]) -> 
     return True
 
 
-def acceptable(proposed: list[str], old: str, kind: str, true: set[str], tagger) -> list[str]:
-    """The words, in lower case, that make a caption false in the place of `old`.
+def acceptable(
+    proposed: dict[str, float], old: str, kind: str, true: set[str], tagger
+) -> dict[str, float]:
+    """Of the words with their weights those, in lower case, that in the place of `old` make a
+    caption false.
 
     None of their lemmas is `true` (WEAK, in a caption of the picture, or what may also be one that
     is), and they are in the groups of CONTRAST that `old` is in, if any: a colour gives way to a
     colour, and to nothing else. Objects of the same sort come first: a person for a person.
     """
-    alike, others = [], []
-    every = word_lists.SORTS if kind == "object" else word_lists.CONTRAST.get(kind, [])
-    old_groups = [group for group in every if tagger.lemmas(old) & group]
-    for word in dict.fromkeys(word.lower() for word in proposed):
+    found = Counter()
+    groups = word_lists.SORTS if kind == "object" else word_lists.CONTRAST.get(kind, [])
+    old_groups = [group for group in groups if tagger.lemmas(old) & group]
+    for word, weight in proposed.items():
+        word = word.lower()
         if not word.isalpha() or len(word) == 1 or tagger.lemmas(word) & true:
             continue
-        if old_groups == [group for group in every if tagger.lemmas(word) & group]:
-            alike.append(word)
-        else:
-            others.append(word)
-    return alike + others if kind == "object" else alike
+        if old_groups == [group for group in groups if tagger.lemmas(word) & group]:
+            found[word] += weight
+        elif kind == "object":
+            found[word] += weight * LAST
+    return found
 
 
 class Tagger:
@@ -284,14 +306,17 @@ class Tagger:
 
     def tags(self, filled: list[tuple[list[Word], int, str]]) -> list[str]:
         """The fine tag of each new word in its caption, given as (words, position, new word)."""
-        docs = []
+        docs, places = [], []
         for words, position, new in filled:
-            texts = [word.text for word in words]
-            texts[position] = new
-            docs.append(self.new_doc(texts, [bool(word.space) for word in words]))
+            start = max(0, position - 4)  # the network of the small model sees four words aside
+            around = words[start : position + 5]
+            texts = [word.text for word in around]
+            texts[position - start] = new
+            docs.append(self.new_doc(texts, [bool(word.space) for word in around]))
+            places.append(position - start)
         with self.nlp.select_pipes(enable=["tok2vec", "tagger"]):
             tagged = self.nlp.pipe(docs, batch_size=256)
-            return [doc[position].tag_ for doc, (_, position, _) in zip(tagged, filled)]
+            return [doc[place].tag_ for doc, place in zip(tagged, places)]
 
     def _lemmas(self, word: str) -> frozenset[str]:
         """The lower-case word and its lemmas as a noun, a verb and an adjective."""
@@ -302,19 +327,20 @@ class Tagger:
         return frozenset(found)
 
 
-# ---- Fillers: words for (caption, masked position), best first -----------------------------------
+# ---- Fillers: words for a masked position with their probabilities, and whether nouns fit --------
 
 
 class NgramFiller:
     """A masked n-gram model counted on the captions themselves; nothing to download.
 
-    Candidates for a position share its fine tag t and are ranked by
-        c(left, t, w) * c(t, right, w) / (10 + c(t, w)),
-    those that were seen with both neighbours first, then those seen with one. The 10 keeps words
+    Words for a position share its fine tag t, and are as probable as
+        c(left, t, w) * c(t, right, w) / (10 + c(t, w));
+    those that were seen with both neighbours come before those seen with one. The 10 keeps words
     seen once or twice, misspelt ones above all, behind.
     """
 
-    def __init__(self, captions: Iterable[list[Word]]):
+    def __init__(self, captions: Iterable[list[Word]], candidates: int = CANDIDATES):
+        self.candidates = candidates
         self.counts = defaultdict(Counter)  # (left neighbour, tag, right neighbour) -> word
         self.best = functools.lru_cache(maxsize=1 << 16)(self._best)
         for words in captions:
@@ -324,17 +350,17 @@ class NgramFiller:
                     for key in ((left, tag, None), (None, tag, right), (None, tag, None)):
                         self.counts[key][sys.intern(word.text.lower())] += 1
 
-    def _best(self, left: str, tag: str, right: str) -> list[str]:
+    def _best(self, left: str, tag: str, right: str) -> dict[str, float]:
         after = self.counts.get((left, tag, None), {})
         before = self.counts.get((None, tag, right), {})
         seen = self.counts.get((None, tag, None), {})
         ranked = []
         for word in after.keys() | before.keys():  # a count of 0 stands as 0.5
-            score = after.get(word, 0.5) * before.get(word, 0.5) / (10 + seen[word])
-            ranked.append((word not in after or word not in before, -score, word))
-        return [word for _, _, word in sorted(ranked)[:PROPOSALS]]
+            fit = after.get(word, 0.5) * before.get(word, 0.5) / (10 + seen[word])
+            ranked.append((word not in after or word not in before, -fit, word))
+        return {word: -fit for _, fit, word in sorted(ranked)[: self.candidates]}
 
-    def __call__(self, requests: list[tuple[list[Word], int]]) -> list[list[str]]:
+    def __call__(self, requests: list[tuple[list[Word], int]]) -> list[dict[str, float]]:
         return [self.best(*neighbours(words, position)) for words, position in requests]
 
 
@@ -351,16 +377,18 @@ class MaskedLMFiller:
     Vocabulary logits are computed at the masked positions only; float32, on CUDA bfloat16.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, candidates: int = CANDIDATES):
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+        self.candidates = candidates
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         with naming(f"the masked LM {name}", "here (or: --filler ngram)"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts them from 2
-        self.options = {"truncation": True, "max_length": longest}
+        self.options = {"truncation": True, "max_length": longest, "padding": True}
+        self.options["return_tensors"] = "pt"
         # the head of the model sees what its base model hands on: one position a row
         self.model.base_model.register_forward_hook(self._keep_masked)
         # whole words: BPE and SentencePiece mark where one starts, WordPiece where one goes on
@@ -377,25 +405,25 @@ class MaskedLMFiller:
         return output
 
     @torch.inference_mode()
-    def __call__(self, requests: list[tuple[list[Word], int]]) -> list[list[str]]:
+    def __call__(self, requests: list[tuple[list[Word], int]]) -> list[dict[str, float]]:
         texts = []
         for words, i in requests:
             masked = words[i]._replace(text=self.tokenizer.mask_token)
             texts.append(text_of([*words[:i], masked, *words[i + 1 :]]))
-        ids = self.tokenizer(texts, **self.options)["input_ids"] if texts else []
-        order = sorted(range(len(ids)), key=lambda n: len(ids[n]))  # little padding
-        found = [[] for _ in requests]  # and so it stays where truncation took the mask
+        found = dict.fromkeys(texts, {})  # and so it stays where truncation took the mask
+        order = sorted(found, key=len)  # little padding
         for start in range(0, len(order), MASKS):
             batch = order[start : start + MASKS]
-            inputs = self.tokenizer.pad({"input_ids": [ids[n] for n in batch]}, return_tensors="pt")
-            inputs = inputs.to(self.device)
+            inputs = self.tokenizer(batch, **self.options).to(self.device)
             self.is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id
             logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (masks, words)
-            best = self.word_ids[logits.topk(min(PROPOSALS, len(self.words))).indices]
+            best = logits.float().softmax(1).topk(min(self.candidates, len(self.words)))
             rows = self.is_mask.nonzero()[:, 0].tolist()
-            for row, numbers in zip(rows, best.tolist()):
-                found[batch[row]] = [self.words[number] for number in numbers]
-        return found
+            numbers = self.word_ids[best.indices].tolist()
+            for row, shares, of_row in zip(rows, best.values.tolist(), numbers):
+                proposed = [self.words[number] for number in of_row]
+                found[batch[row]] = dict(zip(proposed, shares))
+        return [found[text] for text in texts]
 
 
 # ---- The generator -------------------------------------------------------------------------------
@@ -419,7 +447,7 @@ def make_negatives(
                 true[caption["image"]].update([lemma], word_lists.may_also_be(lemma))
 
     records = []
-    masked = []
+    masked, swaps = [], []
     for caption, words in zip(captions, tagged):
         rng = random.Random(f"{seed}/{caption['id']}")
         record = {**caption, **dict.fromkeys(KINDS), "missing": {}}
@@ -429,36 +457,61 @@ def make_negatives(
             if not english:
                 why = "not English"
             elif rule == "swap":
-                record[kind], why = relation(words, siblings[caption["image"]], rng, strict)
+                found = relation(words, siblings[caption["image"]], rng, strict)
+                swaps.append((record, found))
+                why = "" if found else "no swap of two nouns that is surely false"
             elif (mask := choose_mask(words, kind, rng)) is None:
                 why = f"no {tagger.explain(rule)} to mask"
             else:
-                masked.append(Masked(record, kind, *mask, rng, []))
+                masked.append(Masked(record, kind, *mask, rng, {}))
                 why = "no word for the mask that is surely false"  # until one is found
-            if record[kind] is None:
+            if why:
                 record["missing"][kind] = why
 
-    proposals = filler([(m.words, m.position) for m in masked])
+    contested = [swap for _, found in swaps if len(found) > 1 for swap in found]
+    requests = [(swap.words, i) for swap in contested for i in (swap.first, swap.second)]
+    requests += [(m.words, m.position) for m in masked]
+    proposals = iter(filler(requests))
+    for record, found in swaps:
+        record["relation"] = most_plausible(found, proposals)
     for m, proposed in zip(masked, proposals):
         old = m.words[m.position].text
         if m.kind == "number":
-            proposed = [*proposed, *word_lists.NUMBERS]
-        m.candidates.extend(acceptable(proposed, old, m.kind, true[m.record["image"]], tagger))
+            proposed = dict.fromkeys(word_lists.NUMBERS, LAST) | proposed
+        m.candidates.update(acceptable(proposed, old, m.kind, true[m.record["image"]], tagger))
     fill_in(masked, siblings, tagger)
     return records
 
 
+def most_plausible(found: list[Swap], proposals: Iterator[dict[str, float]]) -> str | None:
+    """The caption whose two nouns fit best into each other's place: by the ratio of the filler's
+    probabilities there and in their own place. A noun that is not among its words counts as the
+    last of these."""
+    if len(found) < 2:
+        return found[0].caption if found else None
+    ratios = []
+    for swap in found:
+        first, second = (swap.words[i].text.lower() for i in (swap.first, swap.second))
+        ratio = 1.0
+        for own, other in ((first, second), (second, first)):
+            proposed = next(proposals)
+            least = min(proposed.values(), default=1)
+            ratio *= proposed.get(other, least) / proposed.get(own, least)
+        ratios.append(ratio)
+    return found[ratios.index(max(ratios))].caption
+
+
 def fill_in(masked: list[Masked], siblings: dict[str, set], tagger: Tagger) -> None:
     """Into each record goes one of its candidates that, tagged in its caption, keeps the fine tag
-    ("walks" gives way to no "walk"), and makes no caption of the picture. The n-th best is drawn
-    with weight 1/n: uncommon fills would be told from captions without a look at the picture. All
-    records try one at a time, to be tagged together."""
+    ("walks" gives way to no "walk"), and makes no caption of the picture. It is drawn with the
+    filler's probability: words that are too frequent or too rare would be told from captions
+    without a look at the picture. All records try one at a time, to be tagged together."""
     while masked := [m for m in masked if m.candidates]:
         filled = []
         for m in masked:
-            weights = [1 / rank for rank in range(1, len(m.candidates) + 1)]
-            drawn = m.rng.choices(range(len(weights)), weights)[0]
-            filled.append((m.words, m.position, m.candidates.pop(drawn)))
+            (drawn,) = m.rng.choices(list(m.candidates), list(m.candidates.values()))
+            del m.candidates[drawn]
+            filled.append((m.words, m.position, drawn))
         for m, new, tag in zip(masked, filled, tagger.tags(filled)):
             text = fill(*new)
             if tag == m.words[m.position].tag and text.lower() not in siblings[m.record["image"]]:
@@ -474,6 +527,7 @@ def generate(
     seed: int = 0,
     shard: str = "1/1",
     strict_swaps: bool = False,
+    candidates: int = CANDIDATES,
 ) -> Path:
     """Write the negatives of a captions file; returns the file, which appears whole or not at all.
 
@@ -494,7 +548,7 @@ def generate(
     every = chunks(records)
     own = every[len(every) * (number - 1) // total : len(every) * number // total]
     lists = Path(word_lists.__file__).read_text()
-    settings = digest([records, KINDS, lists, filler, seed, strict_swaps])[:16]
+    settings = digest([records, KINDS, lists, filler, seed, strict_swaps, candidates])[:16]
     part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(settings) for path in part.iterdir()):
@@ -502,9 +556,9 @@ def generate(
     tagger = Tagger()
     if filler == "ngram":
         counted = tqdm((record["caption"] for record in records), "counting", len(records))
-        propose = NgramFiller(tagger.words(counted))
+        propose = NgramFiller(tagger.words(counted), candidates)
     else:
-        propose = MaskedLMFiller(filler)
+        propose = MaskedLMFiller(filler, candidates)
     paths = [part / f"{settings}-{n:06d}.jsonl" for n in range(len(own))]
     for path, chunk in zip(paths, tqdm(own, out.name, unit="chunk")):
         if saved_chunk(path) is None:
@@ -651,6 +705,9 @@ def main() -> None:
     filler = "ngram, or a masked LM: hub name or folder [Sec. 3.1: RoBERTa]"
     p.add_argument("--filler", default="roberta-base", help=filler)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--candidates", type=int, default=CANDIDATES, help=f"see above, default {CANDIDATES}"
+    )
     p.add_argument("--strict-swaps", action="store_true", help="only nouns of one number and sort")
     p.add_argument("--shard", default="1/1", help="I/N: make only the I-th of N shares, OUT.I-of-N")
     out = generate(**vars(p.parse_args()))

@@ -45,7 +45,6 @@ SYNONYMS = [
     "dark black",
     "light white bright",
     "closed shut",
-    "park stop",
     "swan goose duck",
     "metal metallic",
     "warm hot",
@@ -70,7 +69,9 @@ SYNONYMS = [
     "step walk climb",
     "ascend climb cross",
     "stick hang attach",
-    "dock park sit",
+    "dock park stop sit stand position display line",
+    "perform attempt try do",
+    "hold eat drink",
     "play compete fight wrestle splash dig hug tackle chase kick",
     "extend raise put swing",
     "dress wrap",
@@ -149,9 +150,13 @@ CONTRAST = {
 }
 CONTRAST = {kind: [set(group.split()) for group in groups] for kind, groups in CONTRAST.items()}
 
-# Sorts of things: a swap within one is likelier to be imaginable.
+# Sorts of things: a swap within one, or a fill, is likelier to be imaginable.
 PEOPLE = f"man guy gentleman fellow boy woman lady girl {PERSONS} {EVERYBODY}"
-SORTS = [set(PEOPLE.split()), set(ANIMALS.split())]
+PLACES = "street road avenue lane highway path trail sidewalk pavement runway intersection bridge"
+PLACES += " field lawn yard park meadow pasture ground grass beach shore coast ocean sea lake river"
+PLACES += " pool pond water snow sand dirt slope hill mountain sky city town desert forest court"
+PLACES += " room kitchen bathroom bedroom hallway office restaurant store zoo airport station floor"
+SORTS = [set(PEOPLE.split()), set(ANIMALS.split()), set(PLACES.split())]
 # "one" and "a" aside, what stands before several things.
 SEVERAL = set("several many few both these those numerous multiple various some all dozen".split())
 
