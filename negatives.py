@@ -73,9 +73,10 @@ def relation(
 ) -> list[Swap]:
     """The swaps of two noun units that are alike, in random order, or if there are none, of others.
 
-    Determiners and modifiers stay in place, so units of one number come first ("a dogs" is refuted
-    by grammar), then units of one sort ("a suitcase carries a man" by the way of the world); with
-    `strict` there are no others. No swap says the same as the caption, or is one of the picture's
+    Determiners and modifiers stay in place; but those of units that differ in number move along,
+    for "a dogs" is refuted by grammar, not by the picture. Units of one number come first, then
+    units of one sort ("a suitcase carries a man" is refuted by the way of the world); with `strict`
+    there are no others. No swap says the same as the caption, or is one of the picture's
     `captions` (lower case).
     paper: "two noun words" / authors' code: needs three, replaces substrings / we: by position
     """
@@ -83,15 +84,18 @@ def relation(
     rng.shuffle(pairs)
     found = defaultdict(list)
     for first, second in pairs:
+        nouns = [words[head(words, *unit)] for unit in (first, second)]
+        between = words[first[1] : second[0]]
+        heads = [*words[: first[0]], nouns[0], *between, nouns[1], *words[second[1] :]]
+        places = first[0], first[0] + 1 + len(between)
+        differ = unlike(words, first, second)
+        if differ[0]:
+            first, second = with_modifiers(words, *first), with_modifiers(words, *second)
         # the second unit first: what stands before it keeps its positions
         swapped = replace(words, *second, unit_text(words, *first))
         swapped = text_of(replace(swapped, *first, unit_text(words, *second)))
         if swapped.lower() not in captions and not says_the_same(words, first, second):
-            start, end = head(words, *first), head(words, *second)
-            between = words[first[1] : second[0]]
-            heads = [*words[: first[0]], words[start], *between, words[end], *words[second[1] :]]
-            swap = Swap(swapped, heads, first[0], first[0] + 1 + len(between))
-            found[unlike(words, first, second)].append(swap)
+            found[differ].append(Swap(swapped, heads, *places))
     if strict:
         return found[False, False]
     return found[min(found)] if found else []
@@ -104,12 +108,28 @@ def head(words: list[Word], start: int, end: int) -> int:
     return start
 
 
+def with_modifiers(words: list[Word], start: int, end: int) -> tuple[int, int]:
+    """A noun unit with what belongs to it: "two black and white dogs", "a group of men"."""
+    while start > 0:
+        before = words[start - 1]
+        two_before = words[max(0, start - 2)]
+        joined = before.pos == "CCONJ" and two_before.pos == "ADJ"
+        participle = before.pos == "VERB" and two_before.pos in MODIFIERS
+        if before.text == "of" and two_before.lemma in word_lists.QUANTITIES:
+            start -= 2
+        elif before.pos in MODIFIERS or joined or participle:
+            start -= 1
+        else:
+            break
+    return start, end
+
+
 def unlike(words: list[Word], first: tuple[int, int], second: tuple[int, int]) -> tuple[bool, bool]:
     """Whether two noun units differ in number, and in sort (SORTS, or none of them)."""
     numbers, sorts = [], []
     for start, end in (first, second):
         noun = words[head(words, start, end)]
-        before = list(itertools.takewhile(lambda w: w.pos in MODIFIERS, reversed(words[:start])))
+        before = words[with_modifiers(words, start, end)[0] : start]
         counted = any(word.pos == "NUM" and word.lemma != "one" for word in before)
         several = counted or any(word.lemma in word_lists.SEVERAL for word in before)
         if several or noun.tag.endswith("S"):
@@ -219,7 +239,8 @@ def unit_text(words: list[Word], start: int, end: int) -> str:
     """A noun unit as it stands inside a sentence."""
     text = text_of(words[start:end]).rstrip()
     first = words[start]
-    if opens_sentence(words, start) and first.pos != "PROPN" and first.text.istitle():
+    capital = first.text.istitle() and first.pos != "PROPN" and not text.isupper()
+    if opens_sentence(words, start) and capital:
         text = text[0].lower() + text[1:]
     return text
 

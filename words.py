@@ -174,19 +174,23 @@ black and,and white,full length,high rise,high school,real estate,little league
 )
 NEGATIONS = set("no not n't without never nothing nobody none neither nor".split())
 
+# "a group of men" is several men.
+QUANTITIES = set("couple group bunch lot pair row number set variety kind type sort".split())
+QUANTITIES.update("piece bit assortment".split())
+
 # Too vague to make a caption false, or no object: neither masked, nor filled in, nor moved.
 WEAK = set(
     """
-front top side back bottom middle center centre end edge corner part couple group bunch lot pair row
-number set variety kind type sort piece bit way time day background foreground thing item object
-area place scene air distance
+front top side back bottom middle center centre end edge corner part way time day background
+foreground thing item object area place scene air distance
 other same different various several many few more most some such own multiple single next last good
 nice great beautiful pretty lovely cute interesting real main whole entire available ready able
-similar very close half something anything everything view image assortment direction game wild
+similar very close half something anything everything view image direction game wild
 incoming dozen home event
 be have do get go take make use show see seem appear contain include feature come let keep help try
 """.split()
 )
+WEAK.update(QUANTITIES)
 
 # What joins two nouns both ways, and what may stand beside it: "a dog sits next to the cat".
 BOTH_WAYS = set("and or & , next beside near with by between alongside close together".split())

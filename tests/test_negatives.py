@@ -65,7 +65,7 @@ def swaps(ws, captions=(), **options):
     [
         ("A/DET teddy/NOUN bear/NOUN on/ADP the/DET bed/NOUN ./PUNCT", "A bed on the teddy bear ."),
         # the authors' str.replace makes "a henn eats hen" of this caption
-        ("a/DET hen/NOUN eats/VERB then/NOUN", "a then eats hen"),
+        ("a/DET hen/NOUN eats/VERB then/NOUN", "then eats a hen"),
         # sentence case stays with the position, the article agrees
         ("Dogs/NOUN chase/VERB Rex/PROPN ./PUNCT", "Rex chase dogs ."),
         ("Rex/PROPN chases/VERB dogs/NOUN", "Dogs chases Rex"),
@@ -81,7 +81,9 @@ def swaps(ws, captions=(), **options):
         ("a/DET hen/NOUN is/VERB a/DET pan/NOUN", None),  # one of the picture's captions
         # a modifier stays in place, and makes the swap false
         ("a/DET red/ADJ cat/NOUN and/CCONJ a/DET dog/NOUN", "a red dog and a cat"),
-        ("a/DET cat/NOUN by/ADP two/NUM dogs/NOUN", "a dogs by two cat"),
+        # of units that differ in number it moves along
+        ("a/DET cat/NOUN by/ADP two/NUM dogs/NOUN", None),
+        ("a/DET red/ADJ cat/NOUN sees/VERB two/NUM dogs/NOUN", "two dogs sees a red cat"),
         ("a/DET smiling/VERB cat/NOUN with/ADP a/DET dog/NOUN", "a smiling dog with a cat"),
     ],
 )
@@ -194,6 +196,21 @@ def test_strict_swaps_are_of_one_number_and_sort(tagger, tmp_path):
         assert two["relation"] == "A cat chases a dog."
         assert (one["relation"] is None) == (expected is None)
     assert one["missing"]["relation"] == NONE
+
+
+@pytest.mark.parametrize(
+    ("text", "swapped"),
+    [
+        ("A couple of birds cross an old street.", "An old street cross a couple of birds."),
+        (
+            "Two black and white dogs chase him past a car.",
+            "A car chase him past two black and white dogs.",
+        ),
+        ("A man carries his two bags.", "His two bags carries a man."),
+    ],
+)
+def test_what_tells_the_number_moves_along_where_it_differs(tagger, text, swapped):
+    assert swaps(tagged(tagger, text)) == {swapped}
 
 
 def test_the_most_plausible_swap_is_made(tagger):
