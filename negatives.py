@@ -39,10 +39,10 @@ import words as word_lists
 KINDS = {"relation": "swap", "attribute": "ADJ", "action": "VERB", "object": "NOUN"}
 FOUR = list(KINDS)  # the paper's
 KINDS["number"] = "NUM"
-CANDIDATES = 50  # words that a filler proposes for a mask, and swaps that it compares, at most
+CANDIDATES = 50  # words that a filler proposes for a mask
 LAST = 1e-3  # weight of words that are drawn where there are hardly others
 MASKS = 128  # masked captions in one forward pass
-MODIFIERS = ("DET", "NUM", "ADJ", "PRON")  # what stands before a noun and stays in place
+MODIFIERS = ("DET", "NUM", "ADJ", "PRON")  # what may stand between "of" and a noun
 CHUNK = 1024  # captions at least that are tagged and filled together; unit of resuming and sharing
 
 
@@ -109,15 +109,17 @@ def head(words: list[Word], start: int, end: int) -> int:
 
 
 def with_modifiers(words: list[Word], start: int, end: int) -> tuple[int, int]:
-    """A noun unit with what belongs to it: "two black and white dogs", "a group of men"."""
+    """A noun unit with what belongs to it: "his two black and white dogs", "a group of smiling
+    men"; but not the verb of "she sees a dog", "each seeing a dog", "which shows dogs"."""
     while start > 0:
-        before = words[start - 1]
-        two_before = words[max(0, start - 2)]
-        joined = before.pos == "CCONJ" and two_before.pos == "ADJ"
-        participle = before.pos == "VERB" and two_before.pos in MODIFIERS
+        two_before, before, after = words[max(0, start - 2)], words[start - 1], words[start]
+        modifier = before.pos in ("DET", "NUM", "ADJ") or before.tag == "PRP$"
+        conjunction = before.pos == "CCONJ" and two_before.pos == after.pos == "ADJ"
+        participle = before.pos == "VERB" and before.tag not in ("VBZ", "VBP", "VBD")
+        participle = participle and two_before.pos in ("DET", "ADJ") and after.pos != "DET"
         if before.text == "of" and two_before.lemma in word_lists.QUANTITIES:
             start -= 2
-        elif before.pos in MODIFIERS or joined or participle:
+        elif modifier or conjunction or participle:
             start -= 1
         else:
             break
@@ -438,7 +440,7 @@ class MaskedLMFiller:
             inputs = self.tokenizer(batch, **self.options).to(self.device)
             self.is_mask = inputs["input_ids"] == self.tokenizer.mask_token_id
             logits = self.model(**inputs).logits[:, 0, self.word_ids]  # (masks, words)
-            best = logits.float().softmax(1).topk(min(self.candidates, len(self.words)))
+            best = logits.double().softmax(1).topk(min(self.candidates, len(self.words)))
             rows = self.is_mask.nonzero()[:, 0].tolist()
             numbers = self.word_ids[best.indices].tolist()
             for row, shares, of_row in zip(rows, best.values.tolist(), numbers):
@@ -563,6 +565,8 @@ def generate(
     number, total = int(share[1]), int(share[2])
     if total > 1:
         out = Path(f"{out}.{number:05d}-of-{total:05d}")
+    if candidates < 1:
+        raise BadInput(f"--candidates {candidates}: it must be at least 1")
     if out.exists():
         raise BadInput(f"{out} exists: give another --out, or delete it")
     records = read_captions(captions)
@@ -726,9 +730,8 @@ def main() -> None:
     filler = "ngram, or a masked LM: hub name or folder [Sec. 3.1: RoBERTa]"
     p.add_argument("--filler", default="roberta-base", help=filler)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--candidates", type=int, default=CANDIDATES, help=f"see above, default {CANDIDATES}"
-    )
+    candidates = f"words that the filler proposes for a mask [{CANDIDATES}]"
+    p.add_argument("--candidates", type=int, default=CANDIDATES, help=candidates)
     p.add_argument("--strict-swaps", action="store_true", help="only nouns of one number and sort")
     p.add_argument("--shard", default="1/1", help="I/N: make only the I-th of N shares, OUT.I-of-N")
     out = generate(**vars(p.parse_args()))

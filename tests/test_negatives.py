@@ -207,6 +207,10 @@ def test_strict_swaps_are_of_one_number_and_sort(tagger, tmp_path):
             "A car chase him past two black and white dogs.",
         ),
         ("A man carries his two bags.", "His two bags carries a man."),
+        ("They give him two kites in a park.", "They give him a park in two kites."),
+        ("Men, each wearing a hat, walk.", "A hat, each wearing men, walk."),
+        ("A sign which shows dogs", "Dogs which shows a sign"),
+        ("A car gets red and two dogs.", "Two dogs gets red and a car."),
     ],
 )
 def test_what_tells_the_number_moves_along_where_it_differs(tagger, text, swapped):
@@ -811,7 +815,7 @@ def test_chunks_of_other_settings_are_refused(many, finished, tmp_path, monkeypa
     part = shutil.copytree(finished, tmp_path / "out.jsonl.part")
     before = sorted(part.iterdir())
     other = coco_captions(tmp_path / "other.json", CAPTIONS)
-    changes = [{"seed": 1}, {"filler": "x"}, {"captions": other}, {}]
+    changes = [{"seed": 1}, {"filler": "x"}, {"captions": other}, {"candidates": 2}, {}]
     for change in changes:
         if not change:
             monkeypatch.setitem(KINDS, "manner", "ADV")
@@ -819,6 +823,17 @@ def test_chunks_of_other_settings_are_refused(many, finished, tmp_path, monkeypa
         with pytest.raises(BadInput, match="begun with other settings or captions: delete it"):
             negatives.generate(**settings | change)
         assert sorted(part.iterdir()) == before
+
+
+def test_the_number_of_candidates_is_taken(many, tmp_path):
+    two = tmp_path / "out.jsonl"
+    code, said = run("--captions", many[0], "--out", two, "--filler", "ngram", "--candidates", 1)
+    assert code == 0, said
+    fewer = sum(json.loads(line)["object"] is None for line in two.open())
+    fifty = negatives.generate(many[0], tmp_path / "fifty.jsonl", "ngram")
+    assert fewer > sum(json.loads(line)["object"] is None for line in fifty.open())
+    code, said = run("--captions", many[0], "--out", tmp_path / "o", "--candidates", 0)
+    assert (code, said) == (1, "negatives.py: error: --candidates 0: it must be at least 1")
 
 
 def test_bad_shards(tmp_path):
