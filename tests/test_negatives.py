@@ -218,12 +218,13 @@ def test_what_tells_the_number_moves_along_where_it_differs(tagger, text, swappe
 
 
 def test_the_most_plausible_swap_is_made(tagger):
-    """By the ratio of probabilities in the other's place and in the own: of three nouns cat and
-    mat, 4/1 * 1/2 = 2, before cat and hat, 1/1 * 8/8 = 1, and mat and hat, 1/2 * 4/8 = 1/4."""
+    """By the ratio of probabilities in the other's place and in the own. Here these are
+    box and mat 8/2 * .5/1 = 2, box and hat .2/2 * 10/10 = .1, mat and hat .02/1 * 300/10 = .6,
+    where "hat" counts as the last of what is proposed in place of "mat"."""
     places = {
-        "a <> on a mat by a hat": {"mat": 4, "cat": 1, "hat": 1},
-        "a cat on a <> by a hat": {"cat": 1, "mat": 2, "box": 1},  # "hat" counts as the last
-        "a cat on a mat by a <>": {"cat": 8, "hat": 8, "mat": 4},
+        "a <> on a mat under a hat": {"mat": 8, "box": 2, "hat": 0.2},
+        "a box on a <> under a hat": {"mat": 1, "box": 0.5, "tub": 0.02},
+        "a box on a mat under a <>": {"mat": 300, "box": 10, "hat": 10},
     }
 
     def filler(requests):
@@ -233,11 +234,11 @@ def test_the_most_plausible_swap_is_made(tagger):
         return [places.get(text, {}) for text in texts]
 
     for seed in range(5):
-        (record,) = make(tagger, ["a cat on a mat by a hat"], filler, seed=seed)
-        assert record["relation"] == "a mat on a cat by a hat"
-    places["a <> on a mat by a hat"]["hat"] = 3  # cat and hat: 3/1 * 8/8
-    (record,) = make(tagger, ["a cat on a mat by a hat"], filler)
-    assert record["relation"] == "a hat on a mat by a cat"
+        (record,) = make(tagger, ["a box on a mat under a hat"], filler, seed=seed)
+        assert record["relation"] == "a mat on a box under a hat"
+    places["a <> on a mat under a hat"]["hat"] = 6  # box and hat: 6/2 * 10/10
+    (record,) = make(tagger, ["a box on a mat under a hat"], filler)
+    assert record["relation"] == "a hat on a mat under a box"
 
 
 def test_a_unit_is_judged_by_its_head(tagger):
@@ -413,6 +414,8 @@ def test_masked_lm_proposes_whole_words_and_does_not_depend_on_the_batch(tiny_ro
     # the ranking is that of the model without our hook
     model = RobertaForMaskedLM.from_pretrained(tiny_roberta)
     assert list(together[0]) == best_without_hook(model, filler)
+    two = negatives.MaskedLMFiller(str(tiny_roberta), candidates=2)
+    assert list(two(requests)[0]) == list(together[0])[:2]
 
 
 def best_without_hook(model, filler) -> list[str]:
@@ -825,13 +828,17 @@ def test_chunks_of_other_settings_are_refused(many, finished, tmp_path, monkeypa
         assert sorted(part.iterdir()) == before
 
 
-def test_the_number_of_candidates_is_taken(many, tmp_path):
-    two = tmp_path / "out.jsonl"
-    code, said = run("--captions", many[0], "--out", two, "--filler", "ngram", "--candidates", 1)
-    assert code == 0, said
-    fewer = sum(json.loads(line)["object"] is None for line in two.open())
-    fifty = negatives.generate(many[0], tmp_path / "fifty.jsonl", "ngram")
-    assert fewer > sum(json.loads(line)["object"] is None for line in fifty.open())
+@pytest.mark.parametrize("filler", ["ngram", None])
+def test_the_number_of_candidates_is_taken(many, tiny_roberta, tmp_path, filler):
+    made = []
+    for candidates in (1, 50):
+        out = tmp_path / f"{candidates}.jsonl"
+        options = ["--filler", filler or tiny_roberta, "--candidates", candidates]
+        code, said = run("--captions", many[0], "--out", out, *options)
+        assert code == 0, said
+        records = [json.loads(line) for line in out.read_text().splitlines()]
+        made.append(sum(record["object"] is not None for record in records))
+    assert made[0] < made[1]
     code, said = run("--captions", many[0], "--out", tmp_path / "o", "--candidates", 0)
     assert (code, said) == (1, "negatives.py: error: --candidates 0: it must be at least 1")
 
