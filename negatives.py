@@ -462,10 +462,12 @@ def make_negatives(
     is seeded by `seed` and the caption's id alone."""
     tagged = list(tagger.words(caption["caption"] for caption in captions))
     siblings = defaultdict(set)  # picture -> its captions
+    fine_tags = defaultdict(set)  # word -> those it has in these captions
     true = defaultdict(lambda: set(word_lists.WEAK))  # picture -> words that are true of it
     for caption, words in zip(captions, tagged):
         siblings[caption["image"]].add(caption["caption"].lower())
         for word in words:
+            fine_tags[word.text.lower()].add(word.tag)
             for lemma in (word.lemma, *tagger.lemmas(word.text)):
                 true[caption["image"]].update([lemma], word_lists.may_also_be(lemma))
 
@@ -498,10 +500,13 @@ def make_negatives(
     for record, found in swaps:
         record["relation"] = most_plausible(found, proposals)
     for m, proposed in zip(masked, proposals):
-        old = m.words[m.position].text
+        old = m.words[m.position]
         if m.kind == "number":
             proposed = dict.fromkeys(word_lists.NUMBERS, LAST) | proposed
-        m.candidates.update(acceptable(proposed, old, m.kind, true[m.record["image"]], tagger))
+        found = acceptable(proposed, old.text, m.kind, true[m.record["image"]], tagger)
+        for word, weight in found.items():
+            if old.tag in fine_tags.get(word, [old.tag]):  # most others are not tagged again
+                m.candidates[word] = weight
     fill_in(masked, siblings, tagger)
     return records
 

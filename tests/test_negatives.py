@@ -345,6 +345,15 @@ def test_fills_are_drawn_with_the_fillers_probability(tagger):
     assert all(abs(found[text] / 660 - share) < 0.06 for text, share in expected.items()), found
 
 
+def test_words_that_the_captions_have_with_other_tags_alone_are_not_tried(tagger, monkeypatch):
+    """It is most of them: tagging each would take as long as all else."""
+    tried, tags = [], tagger.tags
+    monkeypatch.setattr(tagger, "tags", lambda new: tried.extend(new) or tags(new))
+    records = make(tagger, ["a dog eats", "two cats walk"], propose("walk", "cats", "runs"))
+    assert records[0]["action"] == "a dog runs"
+    assert {word for words, i, word in tried if words[i].text == "eats"} == {"runs"}
+
+
 def test_objects_of_the_same_sort_come_first(tagger):
     proposed = {"dog": 5, "lady": 4, "boy": 3, "Boy": 2, "table": 1, "man": 1}
     found = negatives.acceptable(proposed, "woman", "object", {"woman", "lady"}, tagger)
