@@ -349,9 +349,10 @@ def test_words_that_the_captions_have_with_other_tags_alone_are_not_tried(tagger
     """It is most of them: tagging each would take as long as all else."""
     tried, tags = [], tagger.tags
     monkeypatch.setattr(tagger, "tags", lambda new: tried.extend(new) or tags(new))
-    records = make(tagger, ["a dog eats", "two cats walk"], propose("walk", "cats", "runs"))
-    assert records[0]["action"] == "a dog runs"
-    assert {word for words, i, word in tried if words[i].text == "eats"} == {"runs"}
+    texts = ["A dog eats a ball", "Two cats walk on grass"]
+    records = make(tagger, texts, propose("walk", "cats", "kicks"))
+    assert records[0]["action"] == "A dog kicks a ball"
+    assert {word for words, i, word in tried if words[i].text == "eats"} == {"kicks"}
 
 
 def test_objects_of_the_same_sort_come_first(tagger):
