@@ -350,8 +350,9 @@ def test_words_that_the_captions_have_with_other_tags_alone_are_not_tried(tagger
     tried, tags = [], tagger.tags
     monkeypatch.setattr(tagger, "tags", lambda new: tried.extend(new) or tags(new))
     texts = ["A dog eats a ball", "Two cats walk on grass"]
+    captions = [{"id": i, "image": f"{i}", "caption": text} for i, text in enumerate(texts)]
     weights = {"walk": 1, "cats": 1, "kicks": 1e-6}
-    records = make(tagger, texts, lambda requests: [weights] * len(requests))
+    records = negatives.make_negatives(captions, lambda new: [weights] * len(new), tagger)
     assert records[0]["action"] == "A dog kicks a ball"
     assert {word for words, i, word in tried if words[i].text == "eats"} == {"kicks"}
 
