@@ -16,20 +16,24 @@ import itertools
 import json
 import math
 import os
+import pickle
+import re
 import tempfile
+import zipfile
 from array import array
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.model import get_model_preprocess_cfg
+from open_clip.model import get_model_preprocess_cfg, resize_pos_embed
 from PIL import Image
+from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,7 +42,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 import negatives
-from negatives import FOUR, KINDS, BadInput, naming, run
+from negatives import FOUR, KINDS, BadInput, at_least, naming, run
 
 # ---- Losses (Sec. 3.2). Tensors in, scalar out: no args object, no files, no torch.distributed. --
 #
@@ -264,15 +268,14 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
             open_clip.add_model_config(path)
     if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
         name = name.removesuffix("-quickgelu") + "-quickgelu"
-    with naming(f"{name} {tag or ''}".strip(), "a model that open_clip can build"):
+    with naming(
+        f"{name} {tag or ''}".strip(), "a model that open_clip can build (offline: name a file)"
+    ):
         parts = open_clip.create_model_and_transforms(name, pretrained=tag, **(preprocess or {}))
         tokenizer = open_clip.get_tokenizer(name)
     return Loaded(parts[0], name, open_clip.get_model_config(name), *parts[1:], tokenizer)
 
 
-# a number of numpy, which older trainers left as the lr in a checkpoint [NegCLIP, CE-CLIP]
-_scalar = np.float64(0).__reduce__()[0]
-SAFE = [_scalar, (_scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
 DEFAULT_MODEL = "ViT-B-32-quickgelu"  # [Sec. 4.1]
 
 
@@ -280,27 +283,133 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
     """A model with its weights, by the name of
 
     a file of ours    which knows its model; `name` is not looked at
-    a file of others  a state dict of model `name`, also as its "state_dict" or "model"
+    a file of others  weights of a model `name`: see read_checkpoint, load_weights
+    a folder          the same, of transformers' CLIPModel
     ViT-L-14/openai   a model of open_clip, and a tag of its weights
     openai            a tag of model `name`
     """
-    if not Path(source).is_file():
+    path = Path(source)
+    if path.is_dir():
+        path = next(path.glob("*model.safetensors"), path / "pytorch_model.bin")
+    elif not path.is_file():
         model, _, tag = source.rpartition("/")
         if tag not in open_clip.list_pretrained_tags_by_model(model or name):
             raise BadInput(f"{source} is no file, and no TAG or MODEL/TAG of open_clip's weights")
         return build_model(model or name, tag)
-    with naming(source, f"a checkpoint of {name}"), torch.serialization.safe_globals(SAFE):
-        # weights_only: a file of others must not be able to run code
-        saved = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    with naming(path, f"a checkpoint of {name}"):
+        saved = read_checkpoint(path)
         if isinstance(saved.get("model"), str):
             loaded = build_model(saved["model"], None, saved["config"], saved["preprocess"])
         else:
-            tqdm.write(f"warning: {source}, read as a {name}, does not say its activation")
+            tqdm.write(f"warning: {path}, read as a {name}, does not say its activation")
             loaded = build_model(name)
-        state = saved.get("state_dict") or saved.get("model") or saved
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        loaded.model.load_state_dict(state)
+        load_weights(loaded.model, saved)
     return loaded
+
+
+def plain_dict(_default_factory=None) -> dict:
+    return {}
+
+
+# what lies beside weights and does no harm: settings, paths, numbers of numpy
+SAFE = [argparse.Namespace, (PosixPath, "pathlib.PosixPath"), PosixPath, np.dtype]
+SAFE += [(plain_dict, "collections.defaultdict"), list, dict, int, float]
+SAFE += [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
+_scalar = np.float64(0).__reduce__()[0]
+SAFE += [_scalar, (_scalar, "numpy.core.multiarray.scalar")]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What is in a file of torch of any age, a .safetensors, or a TorchScript archive as OpenAI's
+    ViT-B-32.pt. A file of others must not be able to run code: but for the last, whose code cannot
+    leave TorchScript, nothing but tensors and SAFE is read."""
+    with path.open("rb") as file:
+        start = file.read(99).lstrip()
+    if not start:
+        raise ValueError("it is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a pointer of Git LFS: git lfs pull gets the file")
+    if start.startswith(b"<"):
+        raise ValueError("it is a web page: download the file itself")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    archive = zipfile.is_zipfile(path)
+    if archive and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        saved = torch.jit.load(path, map_location="cpu").state_dict()
+        for integer in ("input_resolution", "context_length", "vocab_size"):
+            saved.pop(integer, None)
+        return saved
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as e:
+        if unsafe := re.search(r"GLOBAL (\S+)", str(e)):
+            why = f"it holds {unsafe[1]}, which might run code: save model.state_dict() alone"
+            raise ValueError(why) from e
+        raise
+    if not isinstance(saved, dict):
+        raise ValueError(f"it holds a {type(saved).__name__}, not a state dict")
+    return saved
+
+
+def load_weights(model: nn.Module, saved: dict) -> None:
+    """Load a state dict: `saved`, or what it has under one of four names; with the prefixes that
+    DistributedDataParallel and torch.compile leave, in open_clip's names or transformers'."""
+    for key in ("state_dict", "model", "model_state_dict", "state_dict_ema"):
+        if isinstance(saved.get(key), dict):
+            saved = saved[key]
+            break
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): saved[key] for key in saved}
+    if "vision_model.post_layernorm.weight" in state:
+        state = from_transformers(state)
+    table = state.get("visual.positional_embedding")
+    if table is not None:
+        resize_pos_embed(state, model)
+        if state["visual.positional_embedding"] is not table:
+            tqdm.write("warning: weights of another picture size: their position table is resized")
+    missing, unknown = model.load_state_dict(state, strict=False)
+    for keys, what in ((missing, "missing"), (unknown, "unknown")):
+        if keys:
+            raise ValueError(f"{len(keys)} weights are {what}: {', '.join(keys[:3])} ...")
+
+
+# parts of names in transformers' CLIPModel, and in open_clip
+TRANSFORMERS = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+    "self_attn.q_proj.": "attn.in_proj_",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of transformers' CLIPModel in open_clip's names; q, k, v are one matrix there,
+    and projections stand the other way round."""
+    found = {}
+    for name, value in state.items():
+        if "k_proj" in name or "v_proj" in name or "position_ids" in name:
+            continue
+        if "q_proj" in name:
+            value = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+        if "projection" in name:
+            value = value.T
+        for theirs, ours in TRANSFORMERS.items():
+            name = name.replace(theirs, ours)
+        found[name] = value
+    return found
 
 
 def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
@@ -388,24 +497,49 @@ class Records(Dataset):
 
     def __init__(self, path: Path, images: Path, kinds: list[str]):
         self.path, self.images, self.kinds = path, images, kinds
+        self.file = None  # each loader process opens it for itself
         self.starts = array("q", [0])
         digest = hashlib.sha256()
+        pictures = set()
         with naming(path), path.open("rb") as file:
             for line in file:
                 digest.update(line)
                 self.starts.append(self.starts[-1] + len(line))
+                pictures.update(PICTURE.findall(line))
         self.digest = digest.hexdigest()  # so that a run is not resumed on other captions
+        if rank() == 0:
+            find_pictures(images, pictures)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, i: int) -> tuple[Path, list | None, list[str]]:
         with naming(f"{self.path}, line {i + 1},", "a record of negatives.py"):
-            with self.path.open("rb") as file:
-                file.seek(self.starts[i])
-                record = json.loads(file.readline())
+            self.file = self.file or self.path.open("rb")
+            self.file.seek(self.starts[i])
+            record = json.loads(self.file.readline())
             texts = [record["caption"]] + [record[kind] or "" for kind in self.kinds]
             return self.images / record["image"], record.get("box"), texts
+
+
+# the JSON string of a line's picture: to parse all of the line takes four times as long
+PICTURE = re.compile(rb'"image": *("[^"\\]*(?:\\.[^"\\]*)*")')
+
+
+def find_pictures(images: Path, names: set[bytes]) -> None:
+    """Names a picture that is missing, before hours of work. Lists folders: on a network disk it
+    takes long to look for each file."""
+    folders = defaultdict(set)
+    for name in json.loads(b"[" + b",".join(names) + b"]"):
+        folder, _, file = name.rpartition("/")
+        folders[folder].add(file)
+    for folder, files in folders.items():
+        with naming(images / folder):
+            missing = files.difference(os.listdir(images / folder))
+        for file in sorted(missing):
+            path = images / folder / file
+            if not path.exists():  # one name can be spelt in two ways
+                raise BadInput(f"{path}: no such picture ({len(missing)} are missing there)")
 
 
 def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
@@ -418,7 +552,11 @@ def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
             if not images.exists():
                 raise BadInput(f"--data {name} needs {images}: docs/data.md says where to get it")
             if not made.exists() and rank() == 0:
-                negatives.generate(captions, made)
+                try:
+                    negatives.generate(captions, made)
+                except OSError as e:
+                    elsewhere = f"negatives.py --out FILE, then --data FILE --images {images}"
+                    raise BadInput(f"{e.filename}: {e.strerror} (elsewhere: {elsewhere})") from e
             if world_size() > 1:
                 dist.barrier()
             parts.append(Records(made, images, kinds))
@@ -428,15 +566,23 @@ def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
 
 
 def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Image.Image:
-    """One picture in RGB, cropped to box (left, top, right, bottom). A JPEG at least twice `draft`
-    pixels wide and high is decoded at half the size, or less."""
+    """One picture in RGB, cropped to what of box (left, top, right, bottom) lies in it. A JPEG at
+    least twice `draft` pixels wide and high is decoded at half the size, or less."""
     with naming(path, "a picture"), Image.open(path) as image:
         if draft and not box:
             image.draft("RGB", (draft, draft))
+        if image.mode == "F":
+            raise ValueError("its values have no known range: save it with 8 bits a channel")
+        if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
-        if box and not (box[0] < min(box[2], image.width) and box[1] < min(box[3], image.height)):
+        if not box:
+            return image
+        left, top, right, bottom = map(round, box)
+        inside = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+        if not (inside[0] < inside[2] and inside[1] < inside[3]):
             raise ValueError(f"its size is {image.size}, the box {box} lies outside")
-        return image.crop(box) if box else image
+        return image.crop(inside)
 
 
 class Pairs(Dataset):
@@ -659,35 +805,36 @@ def parse_args() -> argparse.Namespace:
     add("--images", default=".", help="picture folder of the .jsonl")
     add("--data-root", default="data", help="where the named data lie [ours]")
     add("--no-augmentation", action="store_true", help="pictures as in evaluation [for toy.sh]")
-    add("--workers", type=int, default=4, help="loader processes [authors' code: 0]")
+    add("--workers", type=at_least(0), default=4, help="loader processes [authors' code: 0]")
     add("--model", default=DEFAULT_MODEL, help="open_clip's, xvlm, or a .json [Sec. 4.1]")
     add("--pretrained", default="openai", help="open_clip tag, file, or none [Sec. 4.1]")
     add("--lock-image", action="store_true", help="train the text tower alone")
     add("--losses", choices=LOSSES, default=LOSSES[0], help="[Eq. 8, Table 4]")
     add("--kinds", nargs="+", choices=KINDS, default=FOUR, help="[Fig. 4; Sec. 4.4]")
-    add("--alpha", type=float, default=0.2, help="weight of IMC, Eq. 8 [Sec. 4.1]")
-    add("--beta", type=float, default=0.4, help="weight of CMR, Eq. 8 [Sec. 4.1]")
-    add("--upper-bound", type=float, default=10.0, help="u of Eq. 7 [Sec. 4.4]")
-    add("--threshold", type=float, help="a fixed one in place of Eq. 5-7 [Fig. 5a]")
-    add("--epochs", type=int, default=5, help="[Sec. 4.1]")
-    add("--batch-size", type=int, default=256, help="over all processes [Sec. 4.1]")
-    add("--lr", type=float, default=5e-6, help="[authors' code; paper: default]")
-    add("--warmup", type=int, default=50, help="steps [authors' code]")
-    add("--weight-decay", type=float, default=0.1, help="[authors' code]")
+    add("--alpha", type=at_least(0.0), default=0.2, help="weight of IMC, Eq. 8 [Sec. 4.1]")
+    add("--beta", type=at_least(0.0), default=0.4, help="weight of CMR, Eq. 8 [Sec. 4.1]")
+    add("--upper-bound", type=at_least(0.0), default=10.0, help="u of Eq. 7 [Sec. 4.4]")
+    add("--threshold", type=at_least(0.0), help="a fixed one in place of Eq. 5-7 [Fig. 5a]")
+    add("--epochs", type=at_least(1), default=5, help="[Sec. 4.1]")
+    add("--batch-size", type=at_least(1), default=256, help="over all processes [Sec. 4.1]")
+    add("--lr", type=at_least(0.0), default=5e-6, help="[authors' code; paper: default]")
+    add("--warmup", type=at_least(0), default=50, help="steps [authors' code]")
+    add("--weight-decay", type=at_least(0.0), default=0.1, help="[authors' code]")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add("--precision", choices=("bf16", "fp32"), default=precision, help="[authors' code: fp16]")
-    add("--micro-batch", type=int, default=0, help="pairs a process encodes at a time, 0: all")
+    add(
+        "--micro-batch",
+        type=at_least(0),
+        default=0,
+        help="pairs a process encodes at a time, 0: all",
+    )
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
-    add("--seed", type=int, default=42, help="[authors' code]")
+    add("--seed", type=at_least(0), default=42, help="[authors' code]")
     add("--out", help="run folder [runs/DATA]")
     add("--resume", action="store_true", help="go on with what --out holds, if anything")
-    add("--save-every", type=int, default=1000, help="steps between states to resume")
-    add("--log-every", type=int, default=10, help="steps")
+    add("--save-every", type=at_least(1), default=1000, help="steps between states to resume")
+    add("--log-every", type=at_least(1), default=10, help="steps")
     args = p.parse_args()
-    if min(args.batch_size, args.epochs, args.save_every, args.log_every) < 1:
-        p.error("--batch-size, --epochs, --save-every and --log-every must be at least 1")
-    if min(args.workers, args.micro_batch) < 0:
-        p.error("--workers and --micro-batch must not be negative")
     if args.batch_size % world_size():
         p.error(f"--batch-size {args.batch_size} does not split over {world_size()} processes")
     args.kinds = [kind for kind in KINDS if kind in args.kinds]  # in the order of KINDS

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ce_clip import DEFAULT_MODEL, Loaded, encode_text, load_model, open_image
-from negatives import BadInput, naming, read_captions, run
+from negatives import BadInput, at_least, naming, read_captions, run
 
 
 class Item(NamedTuple):
@@ -338,13 +338,15 @@ def pre_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
 
 
-def retrieval(scorer: Scorer, captions: Path, images: Path) -> dict[str, Cell]:
+def retrieval(
+    scorer: Scorer, captions: Path, images: Path, splits: Iterable[str] = ()
+) -> dict[str, Cell]:
     """Recall in % at 1, 5, 10 (Table 5 prints R@5): of captions by a picture (I2T: any of its own
     counts), and of the picture by each caption (T2I). What ties is ranked behind. There is no
     value unless every picture is there: a smaller gallery is easier."""
     if scorer.lacks(captions):
         return {}
-    records = read_captions(captions)
+    records = read_captions(captions, splits)
     pictures = [(images / record["image"], None) for record in records]
     scored = sum(path.exists() for path, _ in pictures)
     if scored < len(records):
@@ -438,6 +440,8 @@ def zero_shot(scorer: Scorer, root: Path) -> dict[str, Cell]:
     for name in [*ELEVATER, "imagenet1k"]:
         folder = root / "zeroshot" / name
         if not scorer.lacks(folder):
+            if not (folder / "classnames.txt").exists():
+                raise BadInput(f"{folder} is no webdataset of CLIP_benchmark: docs/benchmarks.md")
             with naming(folder, "read by CLIP_benchmark (pip install clip-benchmark)"):
                 cells[name] = zero_shot_set(scorer, folder)
     return cells | {"ELEVATER 19": mean(cells.get(name, Cell()) for name in ELEVATER)}
@@ -546,7 +550,7 @@ def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace) -> dict[s
     if name == "pairs":
         return pairs(scorer, args.pairs, args.images)
     if name == "captions":
-        return retrieval(scorer, args.captions, args.images)
+        return retrieval(scorer, args.captions, args.images, args.split)
     path = root / "coco/annotations/coco_karpathy_test.json"  # coco
     return retrieval(scorer, path, root / "coco")
 
@@ -570,18 +574,24 @@ def parse_args() -> argparse.Namespace:
     add("--ckpt", nargs="+", required=True, help="files, MODEL/TAG of open_clip, or tags (openai)")
     add("--model", default=DEFAULT_MODEL, help="what tags and files of others are [Sec. 4.1]")
     add("--base", help="checkpoint or tag before fine-tuning: differences to it are shown")
-    add("--wise", nargs="+", type=float, default=[], help="WiSE-FT: (1 - a) base + a ckpt")
+    add("--wise", nargs="+", type=at_least(0.0), default=[], help="WiSE-FT: (1 - a) base + a ckpt")
     names = list(BENCHMARKS)[:6]  # those below --data-root
     add("--bench", nargs="+", choices=names, default=[], help="[all of them]")
     add("--data-root", type=Path, default="data", help="folder of the benchmarks")
-    add("--vlc-rows", type=int, default=1000, help="first rows of each VLC file, 0: all [authors]")
+    add(
+        "--vlc-rows",
+        type=at_least(0),
+        default=1000,
+        help="first rows of each VLC file, 0: all [authors]",
+    )
     add("--pairs", type=Path, help="score the kinds of a .jsonl of negatives.py")
     add("--captions", type=Path, help="retrieval on a captions file")
+    add("--split", nargs="+", default=[], help="test ... of --captions, a file of Karpathy's")
     add("--images", type=Path, default=".", help="picture folder of --pairs and --captions")
     add("--image", type=Path, help="one picture, to which --texts are compared")
     add("--texts", nargs="+", default=[])
-    add("--batch-size", type=int, default=64, help="pictures; four times as many texts")
-    add("--workers", type=int, default=0, help="loader processes")
+    add("--batch-size", type=at_least(1), default=64, help="pictures; four times as many texts")
+    add("--workers", type=at_least(0), default=0, help="loader processes")
     add("--out", type=Path, help="folder for results.json, results.md and items.jsonl")
     args = p.parse_args()
     if bool(args.image) != bool(args.texts):

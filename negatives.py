@@ -19,6 +19,7 @@ import hashlib
 import html
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -406,7 +407,7 @@ class MaskedLMFiller:
         self.candidates = candidates
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        with naming(f"the masked LM {name}", "here (or: --filler ngram)"):
+        with naming(f"the masked LM {name}", "here (offline: --filler FOLDER, or ngram)"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts them from 2
@@ -556,11 +557,13 @@ def generate(
     shard: str = "1/1",
     strict_swaps: bool = False,
     candidates: int = CANDIDATES,
+    split: Iterable[str] = (),
 ) -> Path:
     """Write the negatives of a captions file; returns the file, which appears whole or not at all.
 
     filler  "ngram", or a masked LM of transformers
     shard   "I/N", from 1: make the I-th of N shares, OUT.I-of-N, which in order are OUT
+    split   of a captions file of Karpathy's: these alone
     What is done lies in the folder OUT.part, a file a chunk. Neither sharing nor interruptions
     change a byte: a chunk depends on its captions alone, and n-grams are counted on the whole file.
     """
@@ -570,11 +573,9 @@ def generate(
     number, total = int(share[1]), int(share[2])
     if total > 1:
         out = Path(f"{out}.{number:05d}-of-{total:05d}")
-    if candidates < 1:
-        raise BadInput(f"--candidates {candidates}: it must be at least 1")
     if out.exists():
         raise BadInput(f"{out} exists: give another --out, or delete it")
-    records = read_captions(captions)
+    records = read_captions(captions, split)
     every = chunks(records)
     own = every[len(every) * (number - 1) // total : len(every) * number // total]
     lists = Path(word_lists.__file__).read_text()
@@ -630,51 +631,97 @@ def digest(content) -> str:
 # ---- Captions in ---------------------------------------------------------------------------------
 
 
-def read_captions(path: Path) -> list[dict]:
+IMAGE_KEYS = ("image", "filepath", "file_name", "url", "image_name")
+CAPTION_KEYS = ("caption", "title", "text", "comment")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
     """{"id", "image", "caption"}, and "box" (left, top, right, bottom) for a region, of
         {"images": ..., "annotations": ...}   COCO captions
+        {"images": [{"sentences", ...}]}      Karpathy's dataset_coco.json, dataset_flickr30k.json
         [{"regions": [{"phrase", ...}]}, ...] Visual Genome's region_descriptions.json
-        [{"image", "caption"}, ...]           a Karpathy-style list; caption: one, or a list
-        .csv or .tsv with a header            caption or title; image, filepath or url
+        [{"image", "caption"}, ...]           a list; caption: one, or a list
+        .jsonl                                an entry of such a list a line, as our own output
+        .csv or .tsv                          with a header, or CC3M's and CC12M's without
         a folder                              FILE.txt holds the caption of FILE.jpg (img2dataset)
-    An "id" that is not given counts from 0. White space is folded and HTML's "&amp;" is "&", as in
-    CLIP's tokenizer. COCO's captions are sorted by picture, all others keep their order.
+    of the given `splits` (Karpathy's train, restval, val, test), or all. An "id" that is not given
+    counts from 0. White space is folded and HTML's "&amp;" is "&", as in CLIP's tokenizer. COCO's
+    captions are sorted by picture, all others keep their order.
     """
     records = []
     with naming(path, "a captions file"):
         for number, record in enumerate(read_records(path)):
+            split = record.pop("split", None)
+            if splits and split not in splits:
+                continue
             text = " ".join(html.unescape(record["caption"]).split())
             text = text.encode("utf-8", "replace").decode()
             records.append({"id": number, **record, "caption": text})
     if not records:
-        raise BadInput(f"{path} holds no captions")
+        of_splits = f" of split {' or '.join(splits)}" if splits else ""
+        raise BadInput(f"{path} holds no captions{of_splits} (docs/data.md says what is read)")
     return records
 
 
 def read_records(path: Path) -> Iterator[dict]:
     if path.is_dir():
-        for picture in sorted(path.rglob("*.jpg")):
-            text = picture.with_suffix(".txt").read_text(encoding="utf-8")
-            yield {"image": str(picture.relative_to(path)), "caption": text}
+        yield from read_folder(path)
     elif path.suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            rows = csv.DictReader(file, delimiter=delimiter)
-            for row in rows:
-                fields = list(row.values())
-                if None in row or None in fields or (delimiter == "\t" and "\t" in "".join(fields)):
-                    raise ValueError(f"line {rows.line_num}: too many or few fields, or a quote")
-                image = row.get("image") or row.get("filepath") or row["url"]
-                yield {"image": image, "caption": row.get("caption") or row["title"]}
+        yield from read_table(path)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            yield from read_json([json.loads(line) for line in file])
     else:
         yield from read_json(json.loads(path.read_text(encoding="utf-8")))
 
 
+def read_folder(path: Path) -> Iterator[dict]:
+    without = 0
+    for picture in sorted(path.rglob("*")):
+        text = picture.with_suffix(".txt")
+        if picture.suffix.lower() not in PICTURES or picture.name.startswith("."):
+            continue
+        if text.exists():
+            image = str(picture.relative_to(path))
+            yield {"image": image, "caption": text.read_text(encoding="utf-8")}
+        else:
+            without += 1
+    if without:
+        tqdm.write(f"warning: {without} pictures without a .txt in {path} are left out")
+
+
+def read_table(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        delimiter = "\t" if path.suffix == ".tsv" else max(",;|\t", key=header.count)
+        names, quoting = None, csv.QUOTE_MINIMAL
+        if "://" in header:  # there is none: CC12M's (address, caption), or CC3M's
+            names = ["url", "caption"] if "://" in header.split()[0] else ["caption", "url"]
+            quoting = csv.QUOTE_NONE
+        lines = itertools.chain([header], file)
+        rows = csv.DictReader(
+            lines, names, delimiter=delimiter, skipinitialspace=True, quoting=quoting
+        )
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+        for row in rows:
+            fields = list(row.values())
+            if None in row or None in fields or (delimiter == "\t" and "\t" in "".join(fields)):
+                raise ValueError(f"line {rows.line_num}: too many or few fields, or a quote")
+            yield {"image": first_of(row, IMAGE_KEYS), "caption": first_of(row, CAPTION_KEYS)}
+
+
 def read_json(content: dict | list) -> Iterator[dict]:
-    if isinstance(content, dict):  # COCO
+    if isinstance(content, dict) and "annotations" in content:  # COCO
         files = {image["id"]: image["file_name"] for image in content["images"]}
         for a in sorted(content["annotations"], key=lambda a: a["image_id"]):
             yield {"id": a["id"], "image": files[a["image_id"]], "caption": a["caption"]}
+        return
+    if isinstance(content, dict):  # Karpathy
+        for image in content["images"]:
+            file = str(Path(image.get("filepath", ""), image["filename"]))
+            for sentence in image["sentences"]:
+                yield {"image": file, "caption": sentence["raw"], "split": image["split"]}
         return
     for entry in content:
         for r in entry.get("regions", []):  # Visual Genome
@@ -682,9 +729,17 @@ def read_json(content: dict | list) -> Iterator[dict]:
             image = f"{r['image_id']}.jpg"
             yield {"id": r["region_id"], "image": image, "caption": r["phrase"], "box": box}
         if "regions" not in entry:
-            texts = entry["caption"]
+            image, texts = first_of(entry, IMAGE_KEYS), first_of(entry, CAPTION_KEYS)
+            own = {key: entry[key] for key in ("id", "box", "split") if key in entry}
             for text in [texts] if isinstance(texts, str) else texts:
-                yield {"image": entry["image"], "caption": text}
+                yield {**own, "image": image, "caption": text}
+
+
+def first_of(entry: dict, keys: tuple[str, ...]) -> str:
+    for key in keys:
+        if key in entry:
+            return entry[key]
+    raise ValueError(f"none of {', '.join(keys)} is among {', '.join(entry)}")
 
 
 # ---- Mistakes of a user, one line each, and the command line -------------------------------------
@@ -704,14 +759,29 @@ def naming(path: str | Path, expected: str = "as expected"):
     except Exception as e:
         if isinstance(e, OSError) and e.strerror:
             raise BadInput(f"{e.filename or path}: {e.strerror}") from e
-        why = " ".join(f"{type(e).__name__} {e}".split())[:300]
+        why = str(e) if type(e) is ValueError else f"{type(e).__name__} {e}"
+        why = " ".join(why.split())[:300]
         raise BadInput(f"{path} is not {expected}: {why}") from e
+
+
+def at_least(low: float) -> Callable[[str], float]:
+    """A type for argparse: a number that is not below `low`, whole if that is."""
+
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
+        return value
+
+    return number
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main(). What goes wrong ends in one line and exit code 1; with --debug in a
     traceback."""
     debug = "--debug" in sys.argv
+    if not debug:
+        logging.disable(logging.WARNING)  # of open_clip, transformers, the hub's many tries
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         main()
@@ -725,18 +795,22 @@ def run(main: Callable[[], None]) -> None:
             line = f"{e.filename}: {e.strerror}"
         elif not isinstance(e, BadInput):
             line = f"{type(e).__name__}: {' '.join(line.split())[:300]} (--debug shows where)"
+        if "shared memory" in line:
+            line += " (--workers 0 needs none; docker run --shm-size gives more)"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--captions", type=Path, required=True, help="JSON, CSV, TSV or a folder")
+    read = "JSON, JSONL, CSV, TSV or a folder: see docs/data.md"
+    p.add_argument("--captions", type=Path, required=True, help=read)
+    p.add_argument("--split", nargs="+", default=[], help="train restval ... of a Karpathy file")
     p.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
     filler = "ngram, or a masked LM: hub name or folder [Sec. 3.1: RoBERTa]"
     p.add_argument("--filler", default="roberta-base", help=filler)
     p.add_argument("--seed", type=int, default=0)
     candidates = f"words that the filler proposes for a mask [{CANDIDATES}]"
-    p.add_argument("--candidates", type=int, default=CANDIDATES, help=candidates)
+    p.add_argument("--candidates", type=at_least(1), default=CANDIDATES, help=candidates)
     p.add_argument("--strict-swaps", action="store_true", help="only nouns of one number and sort")
     p.add_argument("--shard", default="1/1", help="I/N: make only the I-th of N shares, OUT.I-of-N")
     out = generate(**vars(p.parse_args()))
