@@ -268,9 +268,8 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
             open_clip.add_model_config(path)
     if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
         name = name.removesuffix("-quickgelu") + "-quickgelu"
-    with naming(
-        f"{name} {tag or ''}".strip(), "a model that open_clip can build (offline: name a file)"
-    ):
+    buildable = "a model that open_clip can build (offline: name a file)"
+    with naming(f"{name} {tag or ''}".strip(), buildable):
         parts = open_clip.create_model_and_transforms(name, pretrained=tag, **(preprocess or {}))
         tokenizer = open_clip.get_tokenizer(name)
     return Loaded(parts[0], name, open_clip.get_model_config(name), *parts[1:], tokenizer)
@@ -368,30 +367,31 @@ def load_weights(model: nn.Module, saved: dict) -> None:
         if state["visual.positional_embedding"] is not table:
             tqdm.write("warning: weights of another picture size: their position table is resized")
     missing, unknown = model.load_state_dict(state, strict=False)
+    wrong = []
     for keys, what in ((missing, "missing"), (unknown, "unknown")):
         if keys:
-            raise ValueError(f"{len(keys)} weights are {what}: {', '.join(keys[:3])} ...")
+            wrong.append(f"{len(keys)} weights are {what} ({', '.join(keys[:3])})")
+    if wrong:
+        raise ValueError(", ".join(wrong))
 
 
-# parts of names in transformers' CLIPModel, and in open_clip
-TRANSFORMERS = {
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.encoder.layers": "transformer.resblocks",
-    "text_model.final_layer_norm": "ln_final",
-    "text_projection.weight": "text_projection",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding": "visual.conv1",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.encoder.layers": "visual.transformer.resblocks",
-    "vision_model.pre_layrnorm": "visual.ln_pre",
-    "vision_model.post_layernorm": "visual.ln_post",
-    "visual_projection.weight": "visual.proj",
-    "self_attn.q_proj.": "attn.in_proj_",
-    "self_attn.out_proj": "attn.out_proj",
+TRANSFORMERS = {  # in names of transformers' CLIPModel: in open_clip's
+    "text_model.": "",
+    "vision_model.": "visual.",
+    "embeddings.": "",
+    "encoder.layers": "transformer.resblocks",
+    "position_embedding.weight": "positional_embedding",
+    "patch_embedding": "conv1",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
     "layer_norm": "ln_",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
+    "self_attn.q_proj.": "attn.in_proj_",
+    "self_attn": "attn",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+    "text_projection.weight": "text_projection",
+    "visual_projection.weight": "visual.proj",
 }
 
 
@@ -421,7 +421,7 @@ def save_checkpoint(path: Path, loaded: Loaded, **more) -> None:
     saved = {"model": loaded.name, "config": loaded.config, "preprocess": preprocess}
     saved.update(state_dict=loaded.model.state_dict(), **more)
     part = path.with_suffix(".part")
-    with naming(path, "writable"):
+    with naming(path, "written (is the disk full?)"):
         torch.save(saved, part)
         os.replace(part, path)
 
@@ -813,8 +813,8 @@ def parse_args() -> argparse.Namespace:
     add("--kinds", nargs="+", choices=KINDS, default=FOUR, help="[Fig. 4; Sec. 4.4]")
     add("--alpha", type=at_least(0.0), default=0.2, help="weight of IMC, Eq. 8 [Sec. 4.1]")
     add("--beta", type=at_least(0.0), default=0.4, help="weight of CMR, Eq. 8 [Sec. 4.1]")
-    add("--upper-bound", type=at_least(0.0), default=10.0, help="u of Eq. 7 [Sec. 4.4]")
-    add("--threshold", type=at_least(0.0), help="a fixed one in place of Eq. 5-7 [Fig. 5a]")
+    add("--upper-bound", type=at_least(-math.inf), default=10.0, help="u of Eq. 7 [Sec. 4.4]")
+    add("--threshold", type=at_least(-math.inf), help="a fixed one in place of Eq. 5-7 [Fig. 5a]")
     add("--epochs", type=at_least(1), default=5, help="[Sec. 4.1]")
     add("--batch-size", type=at_least(1), default=256, help="over all processes [Sec. 4.1]")
     add("--lr", type=at_least(0.0), default=5e-6, help="[authors' code; paper: default]")

@@ -1,6 +1,7 @@
 """eval_bench.py: metrics by hand, benchmarks on small files in the real formats, the command."""
 
 import json
+import shutil
 import sys
 import tarfile
 from collections import Counter, defaultdict
@@ -433,6 +434,15 @@ def test_command_on_negatives_and_captions(score):
     assert [json.loads(line)["picture"][1] for line in lines] == [None, [5, 3, 30, 40]]
 
 
+def test_retrieval_on_a_split_of_karpathy(score):
+    sentences = [{"raw": "a dog"}, {"raw": "a cat"}]
+    images = [{"filename": f"{i}.jpg", "split": "test", "sentences": sentences} for i in range(2)]
+    images.append({"filename": "none.jpg", "split": "train", "sentences": sentences})
+    save(Path("k.json"), {"images": images})
+    options = f"--ckpt {ONE} --captions k.json --images data/coco/val2017 --split test --out out"
+    assert score(options)[1]["benchmarks"]["captions"][ONE]["T2I R@5"] == Cell(100, 4, 4)
+
+
 def test_texts_in_the_order_of_their_similarity_to_a_picture(score):
     picture = Path("data/coco/val2017/0.jpg")
     text, _ = score(f"--ckpt {ONE} {TWO} --image {picture} --texts {' '.join(ADJECTIVES)}")
@@ -511,6 +521,11 @@ def test_zero_shot_by_hand(score, monkeypatch, tmp_path):
 
 
 def test_a_zero_shot_set_that_cannot_be_read_is_named(score, monkeypatch, tmp_path):
+    classes = tmp_path / "zeroshot" / "imagenet1k" / "val" / "7"
+    classes.mkdir(parents=True)
+    with pytest.raises(BadInput, match="imagenet1k is no webdataset of CLIP_benchmark: docs/bench"):
+        eval_bench.zero_shot(by_hand({}, {}), tmp_path)
+    shutil.rmtree(tmp_path / "zeroshot")
     save_shard(tmp_path / "zeroshot" / "eurosat", [0, 1])
     save(tmp_path / "zeroshot" / "eurosat" / "test" / "0.tar", "no archive" * 99)
     with monkeypatch.context() as patch, pytest.raises(BadInput, match="pip install clip-ben"):
@@ -540,6 +555,9 @@ def test_a_zero_shot_set_that_cannot_be_read_is_named(score, monkeypatch, tmp_pa
         ("bad.png", "bad.png is not a checkpoint of ViT-B-32-quickgelu: "),
         (f"{ONE} --image a.jpg", "--image goes together with --texts"),
         (f"{ONE} --wise 0.5", "--wise needs --base"),
+        (f"{ONE} --wise nan", "argument --wise: nan is not a number from 0.0 on"),
+        (f"{ONE} --batch-size 0", "argument --batch-size: 0 is not"),
+        (f"{ONE} --workers -1", "argument --workers: -1 is not"),
     ],
 )
 def test_mistakes_are_one_line(score, capsys, options, message):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -475,7 +476,7 @@ def test_masked_lm_of_other_architectures(tmp_path, tiny_roberta, name):
 
 
 def test_an_unknown_masked_lm_is_one_line(tmp_path):
-    with pytest.raises(BadInput, match="nothing is not here .or: --filler ngram"):
+    with pytest.raises(BadInput, match="nothing is not here .offline: --filler FOLDER, or ngram"):
         negatives.MaskedLMFiller(str(tmp_path / "nothing"))
 
 
@@ -589,7 +590,15 @@ def test_odd_captions(tmp_path, tiny_roberta, filler):
 
 ONE = {"id": 0, "image": "a.jpg", "caption": "A dog, 'wet'"}  # below: &#39; is HTML for '
 TWO = [ONE, {"id": 1, "image": "b.jpg", "caption": "two lines"}]
+URLS = [
+    {"id": 0, "image": "http://a/b.jpg", "caption": 'A "dog"'},
+    {"id": 1, "image": "https://c", "caption": '"x'},
+]
 LIST = [{"image": "a.jpg", "caption": ["A dog, 'wet'"]}, {"image": "b.jpg", "caption": "two lines"}]
+IMAGES = [
+    {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "A dog, 'wet'", "sentid": 9}]},
+    {"filename": "b.jpg", "split": "test", "sentences": [{"raw": "two lines", "tokens": []}]},
+]
 REGION = {"region_id": 7, "image_id": 3, "phrase": "the  clock", "x": 10, "y": 20}
 REGIONS = [{"regions": [REGION | {"width": 30, "height": 0}]}, {"id": 4, "regions": []}]
 
@@ -602,6 +611,29 @@ REGIONS = [{"regions": [REGION | {"width": 30, "height": 0}]}, {"id": 4, "region
         ("tab.csv", 'image,caption\na.jpg,"A\tdog, &#39;wet\'"\n', [ONE]),
         ("negclip.tsv", "\ttitle\tfilepath\tneg\n0\tA dog, 'wet'\ta.jpg\t['x']\n", [ONE]),
         ("karpathy.json", " " + json.dumps(LIST, indent=2), TWO),
+        ("dataset_flickr30k.json", json.dumps({"images": IMAGES, "dataset": "flickr30k"}), TWO),
+        (
+            "dataset_coco.json",
+            json.dumps({"images": [IMAGES[0] | {"filepath": "val2014", "cocoid": 3}]}),
+            [ONE | {"image": "val2014/a.jpg"}],
+        ),
+        (
+            "ours.jsonl",
+            json.dumps(ONE | {"id": 7, "box": [1, 2, 3, 4], "relation": "x", "missing": {}}) + "\n",
+            [ONE | {"id": 7, "box": [1, 2, 3, 4]}],
+        ),
+        (
+            "metadata.jsonl",  # of an image folder for datasets
+            '{"file_name": "a.jpg", "text": "A dog, \'wet\'"}\n'
+            '{"file_name": "b.jpg", "text": "two lines"}',
+            TWO,
+        ),
+        ("spaces.csv", "image , caption\na.jpg, \"A dog, 'wet'\"\n", [ONE]),
+        ("semicolons.csv", "image;caption\na.jpg;A dog, 'wet'\n", [ONE]),
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| A dog, 'wet'\n", [ONE]),
+        ("tabs.csv", "filepath\ttitle\na.jpg\tA dog, 'wet'\n", [ONE]),
+        ("cc3m.tsv", 'A "dog" \thttp://a/b.jpg\n"x\thttps://c\n', URLS),
+        ("cc12m.tsv", 'http://a/b.jpg\tA "dog" \nhttps://c\t"x\n', URLS),
         (
             "region_descriptions.json",
             json.dumps(REGIONS),
@@ -631,6 +663,13 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
             negatives.run(negatives.main)
 
 
+def test_what_to_do_when_shared_memory_is_exhausted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    error = RuntimeError("DataLoader worker is killed: it might be out of shared memory.")
+    with pytest.raises(SystemExit, match="--workers 0 needs none; docker run --shm-size gives"):
+        negatives.run(Mock(side_effect=error))
+
+
 def test_a_list_of_captions_and_a_box_go_into_the_output(tmp_path):
     (path := tmp_path / "c.json").write_text(json.dumps([{**LIST[0], "caption": ["one", "two"]}]))
     assert [r["caption"] for r in negatives.read_captions(path)] == ["one", "two"]
@@ -639,17 +678,38 @@ def test_a_list_of_captions_and_a_box_go_into_the_output(tmp_path):
     assert json.loads(out.read_text())["box"] == [10, 20, 40, 21]
 
 
-def test_a_folder_as_img2dataset_leaves_it(tmp_path):
-    for name, text in {"1/7": "a dog", "0/3": "a  cat\n", "0/2": "a bus"}.items():
-        path = tmp_path / f"{name}.jpg"
+def test_splits_of_karpathy(tmp_path):
+    (path := tmp_path / "dataset_coco.json").write_text(json.dumps({"images": IMAGES}))
+    assert negatives.read_captions(path, ["test", "val"]) == TWO[1:]
+    assert negatives.read_captions(path, ["test", "train"]) == TWO
+    for other, content in ((path, {"images": IMAGES}), (tmp_path / "c.json", LIST)):
+        other.write_text(json.dumps(content))
+        with pytest.raises(BadInput, match="holds no captions of split restval or val .docs/data"):
+            negatives.read_captions(other, ["restval", "val"])
+    code, said = run(
+        "--captions", path, "--split", "train", "--out", tmp_path / "o", "--filler", "ngram"
+    )
+    assert code == 0, said
+    assert [json.loads(line)["image"] for line in (tmp_path / "o").open()] == ["a.jpg"]
+
+
+def test_a_folder_as_img2dataset_leaves_it(tmp_path, capsys):
+    names = {"1/7.JPG": "a dog", "0/3.jpeg": "a  cat\n", "0/2.png": "a bus", "0/4.webp": "a tree"}
+    for name, text in (names | {"0/._3.jpg": "\0", "0/5.gif": "a film"}).items():
+        path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
         path.with_suffix(".txt").write_text(text)
+    (tmp_path / "0" / "6.jpg").touch()
     found = [(r["id"], r["image"], r["caption"]) for r in negatives.read_captions(tmp_path)]
-    assert found == [(0, "0/2.jpg", "a bus"), (1, "0/3.jpg", "a cat"), (2, "1/7.jpg", "a dog")]
-    path.with_suffix(".txt").unlink()
-    with pytest.raises(BadInput, match="0/2.txt: No such file"):
-        negatives.read_captions(tmp_path)
+    expected = [("0/2.png", "a bus"), ("0/3.jpeg", "a cat"), ("0/4.webp", "a tree")]
+    expected.append(("1/7.JPG", "a dog"))
+    assert found == [(n, *pair) for n, pair in enumerate(expected)]
+    said = capsys.readouterr().out
+    assert f"warning: 1 pictures without a .txt in {tmp_path} are left out" in said
+    (tmp_path / "2").mkdir()
+    with pytest.raises(BadInput, match="2 holds no captions .docs/data.md says"):
+        negatives.read_captions(tmp_path / "2")
 
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -673,17 +733,24 @@ def test_real_files(name, count):
     [
         ("c.json", None, "c.json: No such file"),
         ("c.json", "", "is not a captions file: JSONDecodeError"),
-        ("c.json", '{"images": []}', "is not a captions file: KeyError 'annotations'"),
+        ("c.json", '{"images": []}', "holds no captions"),
+        ("c.json", '{"images": [{"id": 3}]}', "is not a captions file: KeyError 'filename'"),
+        ("c.jsonl", '{"image": "a", "caption": "a"}\n{', "is not a captions file: JSONDecodeError"),
         ("c.json", '{"images": [], "annotations": []}', "holds no captions"),
         (
             "c.json",
             '[{"image": "a", "caption": "a"}, {"caption": "b"}]',
-            "is not a captions file: KeyError 'image'",
+            "is not a captions file: none of image, .* is among caption$",
         ),
         ("c.json", '[{"image": "a.jpg", "caption": [1]}]', "is not a captions file: TypeError"),
         ("c.json", '[{"regions": [{"phrase": "a"}]}]', "is not a captions file: KeyError 'x'"),
         ("c.json", b"\xff\xfe\x00", "is not a captions file: UnicodeDecodeError"),
-        ("c.csv", "caption,file\na,b\n", "is not a captions file: KeyError 'url'"),
+        (
+            "c.csv",
+            "caption,file\na,b\n",
+            "is not a captions file: none of image, filepath, file_name, url, image_name is among "
+            "caption, file$",
+        ),
         ("c.csv", "image,caption\na,b\nc\n", "line 3: too many or few fields"),
         ("c.csv", "caption,image\na,b,c\n", "line 2: too many or few fields"),
         ("c.csv", "caption,url\n", "holds no captions"),
@@ -852,7 +919,10 @@ def test_the_number_of_candidates_is_taken(many, tiny_roberta, tmp_path, filler)
         made.append(sum(record["object"] is not None for record in records))
     assert made[0] < made[1]
     code, said = run("--captions", many[0], "--out", tmp_path / "o", "--candidates", 0)
-    assert (code, said) == (1, "negatives.py: error: --candidates 0: it must be at least 1")
+    assert (code, said.splitlines()[-1]) == (
+        2,
+        "negatives.py: error: argument --candidates: 0 is not a number from 1 on",
+    )
 
 
 def test_bad_shards(tmp_path):

@@ -1,6 +1,8 @@
 """ce_clip.py beyond the losses: models, checkpoints, processes, data and whole runs."""
 
+import argparse
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -11,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import open_clip
@@ -21,8 +25,10 @@ import torch
 import torch.distributed as dist
 from conftest import TINY
 from PIL import Image
+from safetensors.torch import save_file
 from torch import tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import CLIPConfig, CLIPModel
 
 import ce_clip
 import negatives
@@ -43,6 +49,14 @@ OTHERS = {  # models and files besides tiny.json
         "vision_cfg": TINY["vision_cfg"] | POOL,
         "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
         "multimodal_cfg": TEXT | {"attn_pooler_heads": 2, "mlp_ratio": 4},
+    },
+    "mobilenet": {  # its batch norms have an activation within, which open_clip's freezing loses
+        "vision_cfg": {
+            "timm_model_name": "mobilenetv2_035",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 32,
+        }
     },
     "not_causal": {"text_cfg": TINY["text_cfg"] | {"no_causal_mask": True}},
     "pool_last": {"text_cfg": TINY["text_cfg"] | {"pool_type": "last"}},
@@ -135,11 +149,11 @@ def test_checkpoint_is_the_same_model_here_and_in_open_clip(tmp_path, quick_gelu
     assert str(loaded.train_transform) == str(ours.train_transform)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("layout", ["bare", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("layout", ["bare", "state_dict", "model", "model_state_dict"])
 def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
     """As open_clip and CE-CLIP (state_dict, module.), NegCLIP (with the learning rate as a number
-    of numpy), and others (model) leave them. They do not say their activation."""
+    of numpy), and others leave them. They do not say their activation."""
     path, name = str(tmp_path / "x.pt"), str(world / "tiny.json")
     expected = model_of(world).model.state_dict()
     saved = {prefix + key: value for key, value in expected.items()}
@@ -148,6 +162,108 @@ def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
     torch.save(saved, path)
     assert flat(ce_clip.load_model(path, name).model.state_dict()) == flat(expected)
     assert f"warning: {path}, read as a {name}, does not say its act" in capsys.readouterr().out
+
+
+def test_which_weights_of_several_are_read():
+    model = torch.nn.Linear(1, 1, bias=False)
+    of = {key: {"weight": tensor([[n]])} for n, key in enumerate(["state_dict_ema", "state_dict"])}
+    for state in (of, {"state_dict_ema": of["state_dict"]}):
+        ce_clip.load_weights(model, state)
+        assert model.weight == 1
+
+
+@pytest.mark.parametrize("beside", ["settings", "numbers", "path", "counts"])
+def test_what_lies_beside_weights_does_no_harm(world, tmp_path, beside):
+    counts = defaultdict(list)
+    counts["loss"].append(0.5)
+    numbers = [np.float32(1), np.int64(2), np.bool_(True)]
+    settings = argparse.Namespace(lr=1e-5, out=Path("/a/b"), betas=(0.9, 0.98))
+    things = {"settings": settings, "numbers": numbers, "path": Path("/a/b"), "counts": counts}
+    expected = model_of(world).model.state_dict()
+    torch.save({"state_dict": expected, beside: things[beside]}, path := tmp_path / "x.pt")
+    saved = ce_clip.read_checkpoint(path)
+    assert saved[beside] == things[beside]
+    assert flat(saved["state_dict"]) == flat(expected)
+
+
+def same_features(loaded, model):
+    images, tokens = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a dog", "a red cat eats"])
+    with torch.no_grad():
+        expected = model.eval().encode_image(images), model.encode_text(tokens)
+        model = loaded.model.eval()
+        torch.testing.assert_close(
+            (model.encode_image(images), model.encode_text(tokens)), expected
+        )
+
+
+def test_safetensors_and_files_of_old_versions_of_torch(world, tmp_path):
+    model = model_of(world).model
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    torch.save(model.state_dict(), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    for path in tmp_path.iterdir():
+        same_features(ce_clip.load_model(str(path), str(world / "tiny.json")), model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_as_openai_publishes_them(world, tmp_path):
+    """With three integers among the weights, and half precision."""
+    model = model_of(world).model
+    original = copy.deepcopy(model)
+    mask = model._buffers.pop("attn_mask")  # OpenAI's is no weight
+    model.attn_mask = mask
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(model).pop(name, None)
+        model.register_buffer(name, tensor(77))
+    examples = {"encode_image": torch.ones(1, 3, 32, 32), "encode_text": torch.ones(1, 77).int()}
+    traced = torch.jit.trace_module(model.eval(), examples, check_trace=False)
+    traced.half().save(tmp_path / "x.pt")
+    loaded = ce_clip.load_model(str(tmp_path / "x.pt"), str(world / "tiny.json"))
+    assert loaded.model.visual.proj.dtype == torch.float32
+    same_features(loaded, original.half().float())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_clip_of_transformers(world, tmp_path, file):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
+    text = {"hidden_size": 16, "intermediate_size": 64, "eos_token_id": 49407, **sizes}
+    vision = {"hidden_size": 32, "intermediate_size": 128, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision | sizes, projection_dim=16)
+    theirs = CLIPModel(config).eval()
+    for name, weight in theirs.named_parameters():  # biases begin as 0
+        torch.nn.init.normal_(weight, std=0.3 if "proj" in name else 1)
+    if file.endswith(".bin"):
+        torch.save(theirs.state_dict(), tmp_path / file)
+    else:
+        theirs.save_pretrained(tmp_path)
+    two_layers = copy.deepcopy(TINY)
+    two_layers["vision_cfg"]["layers"] = two_layers["text_cfg"]["layers"] = 2
+    (tmp_path / "two.json").write_text(json.dumps(two_layers))
+    loaded = ce_clip.load_model(str(tmp_path), str(tmp_path / "two.json"))
+    images, tokens = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a dog", "a red cat eats"])
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens, pixel_values=images)
+        model = loaded.model.eval()
+        image = model.encode_image(images, normalize=True)
+        text = model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(image, expected.image_embeds, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(text, expected.text_embeds, atol=1e-5, rtol=1e-4)
+    assert model.logit_scale == theirs.logit_scale
+
+
+def test_weights_of_other_sizes(world, tmp_path, capsys):
+    """Positions of pictures are resized, as by open_clip, and it is said; of texts they are not."""
+    torch.save(model_of(world).model.state_dict(), path := tmp_path / "x.pt")
+    larger = TINY["vision_cfg"] | {"image_size": 64}
+    (tmp_path / "larger.json").write_text(json.dumps(TINY | {"vision_cfg": larger}))
+    (tmp_path / "shorter.json").write_text(json.dumps(TINY | {"text_cfg": TEXT}))
+    loaded = ce_clip.load_model(str(path), str(tmp_path / "larger.json"))
+    assert "warning: weights of another picture size" in capsys.readouterr().out
+    theirs, *_ = open_clip.create_model_and_transforms("larger", pretrained=str(path))
+    assert flat(loaded.model.state_dict()) == flat(theirs.state_dict())
+    with pytest.raises(BadInput, match="size mismatch for positional_embedding"):
+        ce_clip.load_model(str(path), str(tmp_path / "shorter.json"))
+    ce_clip.load_model(str(path), str(world / "tiny.json"))
+    assert "picture size" not in capsys.readouterr().out
 
 
 def flat(x):
@@ -188,14 +304,26 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
 
     assert_refused("no file, and no TAG or MODEL/TAG of open_clip's weights")
     save_code(path, mark)
-    assert_refused("not a checkpoint of .*tiny.json: .*Weights only load failed")
+    assert_refused("not a checkpoint of .*tiny.json: it holds .*, which might run code")
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists()  # it would have run
-    torch.save({"logit_scale": torch.ones(())}, path)
-    assert_refused("not a checkpoint of .*tiny.json: .*Missing key")
+    torch.save({"logit_scale": torch.ones(()), **dict.fromkeys("abcd", 1)}, path)
+    assert_refused(
+        r"not a .*: 37 weights are missing \(positional_embedding, text_projection, "
+        r"visual.class_embedding\), 4 weights are unknown \(a, b, c\)$"
+    )
     path.write_bytes(path.read_bytes()[:500])
     assert_refused("not a checkpoint of .*tiny.json: ")
+    torch.save([1], path)
+    assert_refused("not a checkpoint of .*tiny.json: it holds a list, not a state dict")
+    for content, message in {
+        "": "it is empty",
+        "\n<!DOCTYPE html><html>Sign in</html>": "it is a web page",
+        "version https://git-lfs.github.com/spec/v1\noid": "it is a pointer of Git LFS",
+    }.items():
+        path.write_text(content)
+        assert_refused(f"not a checkpoint of .*tiny.json: {message}")
 
 
 @pytest.mark.parametrize("n, chunks", [(2, 1), (150, 2), (400, 4)])
@@ -240,14 +368,65 @@ def test_regions_are_cropped_and_large_jpegs_decoded_at_a_fraction_of_their_size
     assert texts == ["a", "b", ""]
     region = ce_clip.open_image(path, box, draft=1)
     assert (region.size, region.getpixel((0, 0))) == ((1, 1), (255, 0, 0))
-    with pytest.raises(BadInput, match=r"a.png is not a picture: .* \(8, 8\), the box .* outside"):
+    for box in (
+        (8, 0, 9, 1),
+        (0, -3, 4, 0),
+        (math.nan, 0, 9, 9),
+        (0, 0, math.inf, 9),
+        (3, 3, 3, 4),
+    ):
+        with pytest.raises(BadInput, match="a.png is not a picture: "):
+            ce_clip.open_image(path, box)
+    with pytest.raises(BadInput, match=r"a.png is not .* \(8, 8\), the box \(8, .* lies outside$"):
         ce_clip.open_image(path, (8, 0, 9, 1))
+    for box, size in {(-3, 2, 5, 99): (5, 6), (1.2, 0.9, 3.6, 4.4): (3, 3)}.items():
+        assert ce_clip.open_image(path, box).size == size  # nothing black beyond the border
 
     Image.new("L", (640, 480)).save(path := tmp_path / "a.jpg")
     sizes = [ce_clip.open_image(path, None, draft).size for draft in (0, 224, 400)]
     assert sizes == [(640, 480), (320, 240), (640, 480)]
     assert ce_clip.open_image(path, (400, 0, 600, 400), 224).size == (200, 400)
     assert ce_clip.open_image(path).mode == "RGB"
+
+
+def test_pictures_of_16_bits_are_scaled_to_8(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    deep = grey.astype(np.uint16) * 257
+    for array, name in ((deep, "a.png"), (deep, "a.tif"), (deep.astype(np.int32), "b.tif")):
+        Image.fromarray(array).save(tmp_path / name)
+        found = np.asarray(ce_clip.open_image(tmp_path / name))
+        assert (found == grey[:, :, None]).all()
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "c.tif")
+    with pytest.raises(BadInput, match="c.tif is not a picture: its values have no known range"):
+        ce_clip.open_image(tmp_path / "c.tif")
+
+
+def test_pictures_are_looked_for_before_training(tmp_path):
+    def records(*names):
+        lines = [{"caption": '"image": "no.png"', "image": name} for name in names]
+        (tmp_path / "n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return ce_clip.Records(tmp_path / "n.jsonl", tmp_path / "images", [])
+
+    names = ["a b.png", 'q"\\ä.png', "x/y/1.jpg", "x/y/2.jpg"]
+    for name in names:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = records(*names, names[0])
+    assert [found[i][0] for i in (4, 1, 2)] == [tmp_path / "images" / names[i] for i in (0, 1, 2)]
+    with pytest.raises(BadInput, match=r"x/y/3.jpg: no such picture \(2 are missing there\)"):
+        records(*names, "x/y/3.jpg", "x/y/4.jpg")
+    with pytest.raises(BadInput, match="images/z: No such file or directory"):
+        records(*names, "z/1.jpg")
+
+
+def test_negatives_that_cannot_be_written_can_lie_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "vg" / "images").mkdir(parents=True)
+    error = PermissionError(13, "Permission denied", "vg/x.part")
+    monkeypatch.setattr(negatives, "generate", Mock(side_effect=error))
+    args = SimpleNamespace(data=["vg"], data_root=tmp_path)
+    with pytest.raises(BadInput, match="x.part: Permission denied .* --data FILE --images .*vg/im"):
+        ce_clip.load_records(args, [])
 
 
 def test_augmentation_depends_on_seed_epoch_and_item_alone(world, monkeypatch):
@@ -287,7 +466,7 @@ def test_data_are_a_union_of_files_and_names(world, tmp_path, monkeypatch):
     generate = functools.partial(negatives.generate, filler="ngram")
     monkeypatch.setattr(negatives, "generate", generate)
     file = str(world / "negatives.jsonl")
-    args = SimpleNamespace(data=["cc3m", file], images="A", data_root=tmp_path)
+    args = SimpleNamespace(data=["cc3m", file], images=str(world), data_root=tmp_path)
     with pytest.raises(BadInput, match="--data cc3m needs .*cc3m/images: docs/data.md says where"):
         ce_clip.load_records(args, ["relation"])
     picture = tmp_path / "cc3m" / "images" / "00000" / "1.jpg"
@@ -297,8 +476,8 @@ def test_data_are_a_union_of_files_and_names(world, tmp_path, monkeypatch):
     records = ce_clip.load_records(args, ["relation"])
     assert [len(part) for part in records.datasets] == [1, 24]
     assert records[0] == (picture, None, ["a red dog is on a ball", "a red ball is on a dog"])
-    assert records[1][0] == Path("A/0.png")
-    assert ce_clip.load_records(args, [])[1] == (Path("A/0.png"), None, records[1][2][:1])
+    assert records[1][0] == world / "0.png"
+    assert ce_clip.load_records(args, [])[1] == (world / "0.png", None, records[1][2][:1])
 
 
 # ---- Steps ---------------------------------------------------------------------------------------
@@ -492,7 +671,7 @@ def test_kinds_that_are_trained_on(world, tmp_path):
     assert read(tmp_path / "z" / "epoch_2.pt")["threshold"].shape == (5,)
 
 
-@pytest.mark.parametrize("name", ["tiny", "resnet"])
+@pytest.mark.parametrize("name", ["tiny", "resnet", "mobilenet"])
 def test_a_locked_image_tower_does_not_change(world, tmp_path, name):
     """Nor do the statistics of its batch norms. logit_scale is kept below log 100, as in CLIP."""
     before, images = model_of(world, name), torch.randn(4, 3, 32, 32)
@@ -632,7 +811,7 @@ def test_a_broken_or_missing_picture_ends_the_run(world, tmp_path):
         path.write_bytes(content)
         assert f"error: {path} is not a picture: " in refused(folder, out)
     path.unlink()
-    missing = f"ce_clip.py: error: {path}: No such file or directory"
+    missing = f"ce_clip.py: error: {path}: no such picture (1 are missing there)"
     command = [sys.executable, "ce_clip.py", *tiny(folder, out, "--workers", 2)]
     done = subprocess.run(command, stderr=-1, text=True, timeout=30)  # its loaders end with it
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, missing)
@@ -640,17 +819,24 @@ def test_a_broken_or_missing_picture_ends_the_run(world, tmp_path):
 
 MISTAKES = {
     "--data coco --data-root x": "--data coco needs x/coco/train2014: docs/data.md ",
-    "--images nowhere": ".png: No such file or directory",
+    "--images nowhere": "nowhere: No such file or directory",
     "--data coc0": "error: coc0: No such file or directory",
     "--data {}/tiny.json --batch-size 1": "tiny.json, line 1, is not a record of negatives.py: Key",
     "--data {}/empty.jsonl": "0 captions do not fill one batch of 8",
     "--batch-size 256": "24 captions do not fill one batch of 256",
-    "--batch-size 0": "--batch-size, --epochs, --save-every and --log-every must be at least 1",
+    "--batch-size 0": "argument --batch-size: 0 is not a number from 1 on",
+    "--epochs 1.5": "argument --epochs: invalid number value: '1.5'",
+    "--lr nan": "argument --lr: nan is not a number from 0.0 on",
+    "--warmup -5": "argument --warmup: -5 is not",
+    "--seed -1": "argument --seed: -1 is not",
+    "--alpha -1": "argument --alpha: -1 is not",
+    "--threshold nan": "argument --threshold: nan is not",
+    "--out {}/empty.jsonl/x": "empty.jsonl/x: Not a directory",
     "--losses hn": "invalid choice: 'hn'",
     "--kinds verb": "invalid choice: 'verb'",
-    "--model nothing": "nothing is not a model that open_clip can build: RuntimeError Model config",
+    "--model nothing": "nothing is not a model that open_clip can build (offline: name a file",
     "--model none.json": "none.json: No such file or directory",
-    "--model {}/odd.json": " is not a model that open_clip can build: TypeError",
+    "--model {}/odd.json": " is not a model that open_clip can build (offline: name a file): ",
     "--pretrained x.pt": "x.pt is no file, and no TAG or MODEL/TAG of open_clip's weights",
     "--out {}/empty.jsonl": "empty.jsonl: File exists",
     "--micro-batch -1": "--micro-batch",
