@@ -357,7 +357,6 @@ def load_weights(model: nn.Module, saved: dict) -> None:
     for key in ("state_dict", "model", "model_state_dict", "state_dict_ema"):
         if isinstance(saved.get(key), dict):
             saved = saved[key]
-            break
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): saved[key] for key in saved}
     if "vision_model.post_layernorm.weight" in state:
         state = from_transformers(state)

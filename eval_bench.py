@@ -16,6 +16,7 @@ import csv
 import functools
 import itertools
 import json
+import random
 import re
 import statistics
 from collections import Counter, defaultdict
@@ -49,6 +50,8 @@ class Cell:
     scored: int = 0
     total: int = 0  # more than scored: some pictures are missing
     ties: int = 0
+    blind: float | None = None  # with --blind: the accuracy with another item's picture
+    looking: float | None = None  # and in how many items the own one does more for the caption
 
     def __str__(self) -> str:
         if self.value is None:
@@ -62,12 +65,17 @@ def mean(cells: Iterable[Cell]) -> Cell:
     cells = list(cells)
     if len(cells) == 1:
         return cells[0]
-    values = [cell.value for cell in cells]
-    scored = sum(cell.scored for cell in cells)
-    total = sum(cell.total for cell in cells)
-    partial = not cells or None in values or scored < total
-    ties = sum(cell.ties for cell in cells)
-    return Cell(None if partial else statistics.mean(values), scored, total, ties)
+    found = Cell(
+        scored=sum(cell.scored for cell in cells),
+        total=sum(cell.total for cell in cells),
+        ties=sum(cell.ties for cell in cells),
+    )
+    if cells and found.scored == found.total:
+        for name in ("value", "blind", "looking"):
+            values = [getattr(cell, name) for cell in cells]
+            if None not in values:
+                setattr(found, name, statistics.mean(values))
+    return found
 
 
 # ---- Features and scores -------------------------------------------------------------------------
@@ -80,11 +88,11 @@ def load_pictures(batch: list[tuple], transform: Callable) -> tuple[Tensor, list
 class Scorer:
     """A checkpoint, and the unit features of what it has encoded (float32, on the CPU)."""
 
-    def __init__(self, loaded: Loaded, batch_size: int = 64, workers: int = 0):
+    def __init__(self, loaded: Loaded, batch_size: int = 64, workers: int = 0, blind: bool = False):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = loaded.model.to(self.device).eval()
         self.transform, self.tokenizer = loaded.eval_transform, loaded.tokenizer
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.blind = batch_size, workers, blind
         self.images = {}  # picture -> (D,)
         self.texts = {}  # text -> (D,)
         self.matches = {}  # picture, text -> logit of an X-VLM that they match (ITM)
@@ -101,7 +109,10 @@ class Scorer:
         if self.lacks(path):
             return []
         with naming(path, "a JSON list or object"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".jsonl":
+                return [json.loads(line) for line in text.splitlines()]
+            content = json.loads(text)
             return list(content.values() if isinstance(content, dict) else content)
 
     def encode(self, items: list[Item], itm: bool = False) -> None:
@@ -163,21 +174,56 @@ def finite(values: Tensor) -> Tensor:
 
 def accuracies(scorer: Scorer, items: list[Item], itm: bool = False) -> defaultdict[str, Cell]:
     """{group: accuracy in %} of the items whose picture is there. A tie is wrong; chance is 50.
-    Also notes each decision in scorer.decisions."""
+    Also notes each decision in scorer.decisions.
+
+    With scorer.blind (ours, not the paper's) each item is also decided with another's picture.
+    Blind accuracy: what a model still gets right there it knows from the text alone. Looking: share
+    of the items where the caption leads by more with its own picture, ties count half; 50 % is a
+    model that ignores the picture, for what the text says is in both leads.
+    """
     scorer.encode(items, itm)
+    there = [item for item in items if item.picture in scorer.images]
+    others = exchanged(there) if scorer.blind else []
+    scorer.encode(others, itm)
+    lines = defaultdict(list)
+    for item, other in itertools.zip_longest(there, others):
+        line = scorer.decide(item, itm)
+        if other:
+            blind = scorer.decide(other, itm)
+            own_lead, lead = (scores[0] - scores[1] for scores in (line["scores"], blind["scores"]))
+            line["blind"] = blind["right"]
+            line["looking"] = 0.5 if own_lead == lead else float(own_lead > lead)
+        lines[item.group].append(line)
+        scorer.decisions.append(line)
     groups = defaultdict(Cell)  # an empty one for a group whose file is absent
-    right = Counter()
-    for item in items:
-        cell = groups[item.group]
-        cell.total += 1
-        if item.picture in scorer.images:
-            line = scorer.decide(item, itm)
-            scorer.decisions.append(line)
-            right[item.group] += line["right"]
-            cell.scored += 1
-            cell.ties += line["scores"][0] == line["scores"][1]
-            cell.value = 100 * right[item.group] / cell.scored
+    for group, total in Counter(item.group for item in items).items():
+        cell = Cell(total=total, scored=len(lines[group]))
+        cell.ties = sum(line["scores"][0] == line["scores"][1] for line in lines[group])
+        cell.value = share(line["right"] for line in lines[group])
+        if others:
+            cell.blind = share(line["blind"] for line in lines[group])
+            cell.looking = share(line["looking"] for line in lines[group])
+        groups[group] = cell
     return groups
+
+
+def share(values: Iterable[float]) -> float | None:
+    """The mean in %, if there is any."""
+    values = list(values)
+    return 100 * sum(values) / len(values) if values else None
+
+
+def exchanged(items: list[Item]) -> list[Item]:
+    """Each with the picture of another item, drawn from those whose picture has another name."""
+    rng = random.Random(0)
+    found = []
+    if len({item.picture[0] for item in items}) > 1:
+        for item in items:
+            other = item
+            while other.picture[0] == item.picture[0]:
+                other = rng.choice(items)
+            found.append(item._replace(picture=other.picture))
+    return found
 
 
 def ranks(sim: Tensor, own: Tensor) -> Tensor:
@@ -330,6 +376,60 @@ def sugarcrepe(scorer: Scorer, root: Path) -> dict[str, Cell]:
     return cells | averages | {"Avg": mean(cells.values())}
 
 
+# ---- After the paper: SugarCrepe++ (arXiv 2406.11171), Winoground (arXiv 2204.03162) -------------
+
+
+def sugarcrepe_pp(scorer: Scorer, root: Path) -> dict[str, Cell]:
+    """SugarCrepe with a second true caption; means over replace and over swap. Ties are wrong.
+    ITT: the picture is closer to both captions than to the negative; chance 33.3. TOT, without a
+    picture: the captions are closer to each other than both are to the negative."""
+    cells = {}
+    for subset in SUGARCREPE["REPLACE"] + SUGARCREPE["SWAP"]:
+        items, itt, tot = [], [], []
+        for e in scorer.entries(root / f"sugarcrepe_pp/{subset}.json"):
+            picture = (root / "coco/val2017" / e["filename"], None)
+            for caption in (e["caption"], e["caption2"]):
+                items.append(Item(subset, picture, caption, e["negative_caption"]))
+        scorer.encode(items)
+        scorer.encode_texts(text for item in items for text in (item.positive, item.negative))
+        for pair in zip(items[::2], items[1::2]):
+            texts = [pair[0].positive, pair[1].positive, pair[0].negative]
+            first, second, negative = (scorer.texts[text] for text in texts)
+            tot.append(bool(first @ second > max(first @ negative, second @ negative)))
+            if pair[0].picture in scorer.images:
+                lines = [scorer.decide(item) for item in pair]
+                itt.append(lines[0]["right"] and lines[1]["right"])
+                scorer.decisions += lines
+        for task, right in (("ITT", itt), ("TOT", tot)):
+            cells[f"{task} {subset}"] = Cell(share(right), len(right), len(tot))
+    means = {}
+    for name in ("ITT replace", "ITT swap", "TOT replace", "TOT swap"):
+        means[name] = mean(cell for column, cell in cells.items() if column.startswith(name))
+    return cells | means
+
+
+def winoground(scorer: Scorer, root: Path) -> dict[str, Cell]:
+    """400 pairs of pictures and captions. Text: each picture is closer to its own caption; image:
+    each caption to its own picture; group: both. Chance 25, 25, 16.7; a tie is wrong."""
+    items = []
+    for e in scorer.entries(root / "winoground/examples.jsonl"):
+        for own, other in ((0, 1), (1, 0)):
+            picture = (root / f"winoground/images/{e[f'image_{own}']}.png", None)
+            items.append(Item("", picture, e[f"caption_{own}"], e[f"caption_{other}"]))
+    scorer.encode(items)
+    text, image = [], []
+    for pair in zip(items[::2], items[1::2]):
+        if all(item.picture in scorer.images for item in pair):
+            lines = [scorer.decide(item) for item in pair]
+            (own_0, other_0), (own_1, other_1) = (line["scores"] for line in lines)
+            text.append(own_0 > other_0 and own_1 > other_1)
+            image.append(own_0 > other_1 and own_1 > other_0)
+            scorer.decisions += lines
+    group = [both == (True, True) for both in zip(text, image)]
+    rights = {"Text": text, "Image": image, "Group": group}
+    return {name: Cell(share(right), len(right), len(items) // 2) for name, right in rights.items()}
+
+
 # ---- Retrieval, Table 5; files of negatives.py ---------------------------------------------------
 
 
@@ -454,6 +554,8 @@ BENCHMARKS = {  # title of the table, and what Table 5 has of it
     "valse": ("VALSE (Table 1)", ["Avg 11 files", "Avg 9 columns"]),
     "vlc": ("VL-CheckList (Table 2)", ["Avg"]),
     "sugarcrepe": ("SugarCrepe (Table 3)", ["Avg"]),
+    "sugarcrepe_pp": ("SugarCrepe++ (arXiv 2406.11171)", []),
+    "winoground": ("Winoground (arXiv 2204.03162)", []),
     "coco": ("COCO retrieval, Karpathy's 5k test", ["T2I R@5", "I2T R@5"]),
     "zeroshot": ("Zero-shot classification", ["ELEVATER 19", "imagenet1k"]),
     "pairs": ("Generated negatives", ["mean"]),
@@ -491,8 +593,12 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     if not any(cell.scored for cell in last.values()):
         first = absent[0] if absent else "every picture"
         return f"{title} is not scored: {first} is absent, see docs/benchmarks.md"
-    gains, ties = defaultdict(dict), {}
+    shown, gains, ties = paper_rows(name), defaultdict(dict), {}
     for row, cells in rows.items():
+        shown[row] = cells
+        for control in ("blind", "looking"):
+            values = {column: getattr(cell, control) for column, cell in cells.items()}
+            shown[f"{row}, {control}"] = {c: f"{v:.1f}" for c, v in values.items() if v is not None}
         for column, cell in cells.items():
             if base and row != base and None not in (cell.value, rows[base][column].value):
                 gains[f"{row} - {base}"][column] = f"{cell.value - rows[base][column].value:+.1f}"
@@ -500,7 +606,7 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     counts = {"scored/all": {column: f"{c.scored}/{c.total}" for column, c in last.items()}}
     partial = absent or any(cell.scored < cell.total for cell in last.values())
     text = f"## {title}, %{' - PARTIAL' if partial else ''}\n\n"
-    text += markdown(paper_rows(name) | rows | gains | counts | ties, list(last))
+    text += markdown(shown | gains | counts | ties, list(last))
     if absent:
         text += f"\n\nAbsent: {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
     return text
@@ -545,6 +651,10 @@ def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace) -> dict[s
         return vlc(scorer, root, args.vlc_rows)
     if name == "sugarcrepe":
         return sugarcrepe(scorer, root)
+    if name == "sugarcrepe_pp":
+        return sugarcrepe_pp(scorer, root)
+    if name == "winoground":
+        return winoground(scorer, root)
     if name == "zeroshot":
         return zero_shot(scorer, root)
     if name == "pairs":
@@ -575,7 +685,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL, help="what tags and files of others are [Sec. 4.1]")
     add("--base", help="checkpoint or tag before fine-tuning: differences to it are shown")
     add("--wise", nargs="+", type=at_least(0.0), default=[], help="WiSE-FT: (1 - a) base + a ckpt")
-    names = list(BENCHMARKS)[:6]  # those below --data-root
+    names = list(BENCHMARKS)[:8]  # those below --data-root
     add("--bench", nargs="+", choices=names, default=[], help="[all of them]")
     add("--data-root", type=Path, default="data", help="folder of the benchmarks")
     add(
@@ -590,6 +700,7 @@ def parse_args() -> argparse.Namespace:
     add("--images", type=Path, default=".", help="picture folder of --pairs and --captions")
     add("--image", type=Path, help="one picture, to which --texts are compared")
     add("--texts", nargs="+", default=[])
+    add("--blind", action="store_true", help="also with the pictures of others: see accuracies")
     add("--batch-size", type=at_least(1), default=64, help="pictures; four times as many texts")
     add("--workers", type=at_least(0), default=0, help="loader processes")
     add("--out", type=Path, help="folder for results.json, results.md and items.jsonl")
@@ -612,7 +723,7 @@ def main() -> None:
     results = {name: {} for name in args.bench}
     absent, lines = {}, []
     for row, loaded in checkpoints(args):
-        scorer = Scorer(loaded, args.batch_size, args.workers)
+        scorer = Scorer(loaded, args.batch_size, args.workers, args.blind)
         for name in args.bench:
             scorer.decisions, scorer.absent = [], []
             results[name][row] = run_benchmark(name, scorer, args)

@@ -102,6 +102,96 @@ def test_a_tie_is_wrong_and_a_missing_picture_is_counted():
     assert groups["x"] == Cell(0, 99, 99, 99)
 
 
+def test_blind_accuracy_and_looking_by_hand():
+    """Leads of cat over dog: 0.8 for picture a, -0.7 for b."""
+    scorer = by_hand({"cat": [1, 0], "dog": [0, 1]}, {"a": [1, 0.2], "b": [0.3, 1]})
+    scorer.blind = True
+    a, b, part_of_a = (Path("a"), None), (Path("b"), None), (Path("a"), (0, 0, 1, 1))
+    items = [Item("right", a, "cat", "dog"), Item("wrong", b, "cat", "dog")]
+    items += [Item("tie", a, "cat", "cat"), Item("both", a, "cat", "dog")]
+    items += [Item("both", b, "dog", "cat"), Item("both", a, "dog", "cat")]
+    items += [Item("absent", (Path("c"), None), "cat", "dog")]
+    groups = eval_bench.accuracies(scorer, items)
+    assert groups["right"] == Cell(100, 1, 1, 0, blind=0, looking=100)
+    assert groups["wrong"] == Cell(0, 1, 1, 0, blind=100, looking=0)
+    assert groups["tie"] == Cell(0, 1, 1, 1, blind=0, looking=50)
+    third = pytest.approx(100 / 3)
+    assert groups["both"] == Cell(
+        2 * third.expected, 3, 3, 0, blind=third, looking=2 * third.expected
+    )
+    assert groups["absent"] == Cell(None, 0, 1)
+    assert [line["looking"] for line in scorer.decisions] == [1, 0, 0.5, 1, 1, 0]
+    average = mean([groups["right"], groups["tie"]])
+    assert average == Cell(50, 2, 2, 1, blind=0, looking=75)
+    assert mean([average, Cell(10, 1, 1)]) == Cell(30, 3, 3, 1)
+    scorer.images[part_of_a] = scorer.images[a]
+    items = [Item("x", a, "cat", "dog"), Item("x", part_of_a, "cat", "dog")]
+    assert eval_bench.accuracies(scorer, items)["x"] == Cell(100, 2, 2)  # no other picture
+
+
+def test_an_other_picture_is_another_items():
+    items = [Item("", (Path(str(i // 2)), None), f"{i}", "") for i in range(200)]
+    others = eval_bench.exchanged(items)
+    assert others == eval_bench.exchanged(items)
+    assert all(a.picture != b.picture and a[2:] == b[2:] for a, b in zip(items, others))
+    assert len({item.picture for item in others}) > 50
+
+
+def test_sugarcrepe_pp_by_hand(tmp_path):
+    """TOT: first needs a-b above a-n and b-n; ITT: the picture nearer to a and to b than to n."""
+    texts = {
+        "a": [1, 0, 0],
+        "b": [0.9, 0.1, 0],
+        "n": [0, 1, 0],
+        "a2": [0, 0, 1],
+        "n2": [0.5, 0, 0.5],
+    }
+    folder = tmp_path / "coco" / "val2017"
+    scorer = by_hand(texts, {folder / "1.jpg": [1, 0.5, 0], folder / "2.jpg": [0, 1, 0]})
+    item = {"caption": "a", "caption2": "b", "negative_caption": "n"}
+    save(
+        tmp_path / "sugarcrepe_pp" / "replace_obj.json",
+        [
+            item | {"filename": "1.jpg"},  # both right
+            item | {"filename": "2.jpg"},  # ITT wrong
+            item | {"filename": "1.jpg", "negative_caption": "b"},  # a tie in both
+            item | {"filename": "3.jpg", "caption2": "a2", "negative_caption": "n2"},  # TOT wrong
+        ],
+    )
+    for name in (folder / "1.jpg", folder / "2.jpg"):
+        save(name, "")
+    cells = eval_bench.sugarcrepe_pp(scorer, tmp_path)
+    assert cells["TOT replace_obj"] == Cell(50, 4, 4)
+    assert cells["ITT replace_obj"] == Cell(pytest.approx(100 / 3), 3, 4)
+    for subset in ("replace_att", "replace_rel", "swap_att", "swap_obj"):
+        right = 2 if subset == "replace_att" else 1
+        entries = [item, item] if right == 2 else [item, item | {"negative_caption": "b"}]
+        save(
+            tmp_path / "sugarcrepe_pp" / f"{subset}.json",
+            [e | {"filename": "1.jpg"} for e in entries],
+        )
+    save(tmp_path / "sugarcrepe_pp" / "replace_obj.json", [item | {"filename": "2.jpg"}])
+    cells = eval_bench.sugarcrepe_pp(scorer, tmp_path)
+    means = {name: cell.value for name, cell in cells.items() if len(name.split("_")) == 1}
+    expected = {"ITT replace": 50, "ITT swap": 50, "TOT replace": 250 / 3, "TOT swap": 50}
+    assert means == pytest.approx(expected)
+
+
+def test_winoground_by_hand(tmp_path):
+    texts = {"c0": [1, 0], "c1": [0, 1]}
+    pictures = {"p": [1, 0.2], "q": [0.1, 1], "strong": [3, 2], "weak": [0.9, 1], "even": [1, 1]}
+    folder = tmp_path / "winoground" / "images"
+    scorer = by_hand(texts, {folder / f"{name}.png": row for name, row in pictures.items()})
+    for name in pictures:
+        save(folder / f"{name}.png", "")
+    # p, q: all right; strong, weak: text right, but c1 is nearer to strong; even: a tie of texts
+    pairs = [("p", "q"), ("strong", "weak"), ("p", "even"), ("q", "p"), ("p", "absent")]
+    lines = [{"image_0": a, "image_1": b, "caption_0": "c0", "caption_1": "c1"} for a, b in pairs]
+    save(tmp_path / "winoground" / "examples.jsonl", "\n".join(map(json.dumps, lines)))
+    found = eval_bench.winoground(scorer, tmp_path)
+    assert found == {"Text": Cell(50, 4, 5), "Image": Cell(25, 4, 5), "Group": Cell(25, 4, 5)}
+
+
 def test_means():
     a, b, c = Cell(50, 2, 2, 1), Cell(75, 4, 4), Cell(0, 4, 4, 2)
     assert mean([a, b, c]) == Cell(pytest.approx(125 / 3), 10, 10, 3)
@@ -426,12 +516,25 @@ def test_command_on_negatives_and_captions(score):
     save(Path("c.json"), [{"image": f"{i}.jpg", "caption": ADJECTIVES[i]} for i in range(3)])
     options = f"--ckpt {ONE} --pairs n.jsonl --captions c.json --images data/coco/val2017 --out out"
     results = score(options)[1]["benchmarks"]
+    assert results["pairs"][ONE]["of my own"].blind is None
     counts = {kind: (c.scored, c.total) for kind, c in results["pairs"][ONE].items()}
     assert counts == {"object": (1, 2), "of my own": (1, 1), "mean": (2, 3)}
     assert results["pairs"][ONE]["mean"].value is None
     assert results["captions"][ONE]["T2I R@5"] == Cell(100, 3, 3)
     lines = Path("out/items.jsonl").read_text().splitlines()
     assert [json.loads(line)["picture"][1] for line in lines] == [None, [5, 3, 30, 40]]
+
+
+def test_command_with_the_pictures_of_others(score):
+    record = {"caption": "a red dog", "object": "a red cat"}
+    save(Path("n.jsonl"), "\n".join(json.dumps(record | {"image": f"{i}.jpg"}) for i in range(3)))
+    options = f"--ckpt {ONE} --pairs n.jsonl --images data/coco/val2017 --blind --out out"
+    printed, results = score(options)
+    cell = results["benchmarks"]["pairs"][ONE]["mean"]
+    for control in ("blind", "looking"):
+        number = f"{getattr(cell, control):.1f}"
+        line, *_ = [line for line in printed.splitlines() if f"{ONE}, {control}" in line]
+        assert line.split("|")[2:4] == [f" {number} ".ljust(8), f" {number} ".ljust(6)]
 
 
 def test_retrieval_on_a_split_of_karpathy(score):
@@ -572,7 +675,7 @@ def test_mistakes_are_one_line(score, capsys, options, message):
     assert message in line
     assert "\n" not in line
     if message == "nothing was scored":
-        assert output.out.count("is not scored: no/") == 6
+        assert output.out.count("is not scored: no/") == 8
         assert "SugarCrepe (Table 3) is not scored: no/sugarcrepe/replace_obj.json is" in output.out
 
 
