@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import tempfile
 import zipfile
@@ -288,40 +287,41 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
     openai            a tag of model `name`
     """
     path = Path(source)
-    if path.is_dir():
-        path = next(path.glob("*model.safetensors"), path / "pytorch_model.bin")
-    elif not path.is_file():
-        model, _, tag = source.rpartition("/")
-        if tag not in open_clip.list_pretrained_tags_by_model(model or name):
-            raise BadInput(f"{source} is no file, and no TAG or MODEL/TAG of open_clip's weights")
+    model, _, tag = source.rpartition("/")
+    if not path.is_file() and tag in open_clip.list_pretrained_tags_by_model(model or name):
         return build_model(model or name, tag)
+    if path.is_dir():
+        files = [path / file for file in WEIGHT_FILES if (path / file).exists()]
+        if not files:
+            raise BadInput(f"{path} has none of {', '.join(WEIGHT_FILES)}: name a file")
+        path = files[0]
+    elif not path.exists():
+        raise BadInput(f"{source} is no file, and no TAG or MODEL/TAG of open_clip's weights")
     with naming(path, f"a checkpoint of {name}"):
         saved = read_checkpoint(path)
-        if isinstance(saved.get("model"), str):
+        if "config" in saved and isinstance(saved.get("model"), str):
             loaded = build_model(saved["model"], None, saved["config"], saved["preprocess"])
         else:
-            tqdm.write(f"warning: {path}, read as a {name}, does not say its activation")
             loaded = build_model(name)
+            tqdm.write(f"warning: {path} is read as a {name}; its activation is not checked")
         load_weights(loaded.model, saved)
     return loaded
 
 
-def plain_dict(_default_factory=None) -> dict:
-    return {}
-
-
+WEIGHT_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]  # of open_clip, or
+WEIGHT_FILES += ["model.safetensors", "pytorch_model.bin"]  # of transformers, first to last
 # what lies beside weights and does no harm: settings, paths, numbers of numpy
 SAFE = [argparse.Namespace, (PosixPath, "pathlib.PosixPath"), PosixPath, np.dtype]
-SAFE += [(plain_dict, "collections.defaultdict"), list, dict, int, float]
+SAFE += [(lambda _=None: {}, "collections.defaultdict"), list, dict, int, float]
 SAFE += [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
 _scalar = np.float64(0).__reduce__()[0]
 SAFE += [_scalar, (_scalar, "numpy.core.multiarray.scalar")]
 
 
 def read_checkpoint(path: Path) -> dict:
-    """What is in a file of torch of any age, a .safetensors, or a TorchScript archive as OpenAI's
-    ViT-B-32.pt. A file of others must not be able to run code: but for the last, whose code cannot
-    leave TorchScript, nothing but tensors and SAFE is read."""
+    """What is in a file of torch of any age, a .safetensors, or a TorchScript archive of OpenAI's.
+    A file of others must not be able to run code: nothing but tensors and SAFE is read, and no
+    other TorchScript, which can write files when it is loaded."""
     with path.open("rb") as file:
         start = file.read(99).lstrip()
     if not start:
@@ -334,6 +334,9 @@ def read_checkpoint(path: Path) -> dict:
         return load_file(path)
     archive = zipfile.is_zipfile(path)
     if archive and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() not in openai_digests():
+                raise ValueError("it is TorchScript, but not OpenAI's: save model.state_dict()")
         saved = torch.jit.load(path, map_location="cpu").state_dict()
         for integer in ("input_resolution", "context_length", "vocab_size"):
             saved.pop(integer, None)
@@ -341,14 +344,20 @@ def read_checkpoint(path: Path) -> dict:
     try:
         with torch.serialization.safe_globals(SAFE):
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except pickle.UnpicklingError as e:
+    except Exception as e:
+        why = "torch cannot read it: damaged, or no checkpoint"
         if unsafe := re.search(r"GLOBAL (\S+)", str(e)):
             why = f"it holds {unsafe[1]}, which might run code: save model.state_dict() alone"
-            raise ValueError(why) from e
-        raise
+        raise ValueError(why) from e
     if not isinstance(saved, dict):
         raise ValueError(f"it holds a {type(saved).__name__}, not a state dict")
     return saved
+
+
+def openai_digests() -> set[str]:
+    """Sums of what OpenAI published; they stand in its addresses: .../sha256/ViT-B-32.pt."""
+    names = open_clip.list_pretrained_models_by_tag("openai")
+    return {open_clip.get_pretrained_cfg(name, "openai")["url"].split("/")[-2] for name in names}
 
 
 def load_weights(model: nn.Module, saved: dict) -> None:
@@ -357,11 +366,12 @@ def load_weights(model: nn.Module, saved: dict) -> None:
     for key in ("state_dict", "model", "model_state_dict", "state_dict_ema"):
         if isinstance(saved.get(key), dict):
             saved = saved[key]
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): saved[key] for key in saved}
+    state = {re.sub(r"^((module|_orig_mod|model)\.)+", "", key): saved[key] for key in saved}
     if "vision_model.post_layernorm.weight" in state:
         state = from_transformers(state)
     table = state.get("visual.positional_embedding")
     if table is not None:
+        state["visual.positional_embedding"] = table = table.float()
         resize_pos_embed(state, model)
         if state["visual.positional_embedding"] is not table:
             tqdm.write("warning: weights of another picture size: their position table is resized")
@@ -504,10 +514,10 @@ class Records(Dataset):
             for line in file:
                 digest.update(line)
                 self.starts.append(self.starts[-1] + len(line))
-                pictures.update(PICTURE.findall(line))
-        self.digest = digest.hexdigest()  # so that a run is not resumed on other captions
-        if rank() == 0:
+                if rank() == 0:
+                    pictures.update(PICTURE.findall(line))
             find_pictures(images, pictures)
+        self.digest = digest.hexdigest()  # so that a run is not resumed on other captions
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -530,7 +540,7 @@ def find_pictures(images: Path, names: set[bytes]) -> None:
     takes long to look for each file."""
     folders = defaultdict(set)
     for name in json.loads(b"[" + b",".join(names) + b"]"):
-        folder, _, file = name.rpartition("/")
+        folder, file = os.path.split(name)
         folders[folder].add(file)
     for folder, files in folders.items():
         with naming(images / folder):
@@ -555,7 +565,7 @@ def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
                     negatives.generate(captions, made)
                 except OSError as e:
                     elsewhere = f"negatives.py --out FILE, then --data FILE --images {images}"
-                    raise BadInput(f"{e.filename}: {e.strerror} (elsewhere: {elsewhere})") from e
+                    raise BadInput(f"{e} (elsewhere: {elsewhere})") from e
             if world_size() > 1:
                 dist.barrier()
             parts.append(Records(made, images, kinds))
@@ -573,7 +583,9 @@ def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Im
         if image.mode == "F":
             raise ValueError("its values have no known range: save it with 8 bits a channel")
         if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
-            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            values = np.asarray(image)
+            values = values // 256 if values.max() > 255 else values
+            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
         if not box:
             return image
@@ -821,14 +833,9 @@ def parse_args() -> argparse.Namespace:
     add("--weight-decay", type=at_least(0.0), default=0.1, help="[authors' code]")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add("--precision", choices=("bf16", "fp32"), default=precision, help="[authors' code: fp16]")
-    add(
-        "--micro-batch",
-        type=at_least(0),
-        default=0,
-        help="pairs a process encodes at a time, 0: all",
-    )
+    add("--micro-batch", type=at_least(0), default=0, help="pairs encoded at a time, 0: all")
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
-    add("--seed", type=at_least(0), default=42, help="[authors' code]")
+    add("--seed", type=int, default=42, help="[authors' code]")
     add("--out", help="run folder [runs/DATA]")
     add("--resume", action="store_true", help="go on with what --out holds, if anything")
     add("--save-every", type=at_least(1), default=1000, help="steps between states to resume")

@@ -438,9 +438,7 @@ def pre_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
 
 
-def retrieval(
-    scorer: Scorer, captions: Path, images: Path, splits: Iterable[str] = ()
-) -> dict[str, Cell]:
+def retrieval(scorer: Scorer, captions: Path, images: Path, splits=()) -> dict[str, Cell]:
     """Recall in % at 1, 5, 10 (Table 5 prints R@5): of captions by a picture (I2T: any of its own
     counts), and of the picture by each caption (T2I). What ties is ranked behind. There is no
     value unless every picture is there: a smaller gallery is easier."""
@@ -688,12 +686,7 @@ def parse_args() -> argparse.Namespace:
     names = list(BENCHMARKS)[:8]  # those below --data-root
     add("--bench", nargs="+", choices=names, default=[], help="[all of them]")
     add("--data-root", type=Path, default="data", help="folder of the benchmarks")
-    add(
-        "--vlc-rows",
-        type=at_least(0),
-        default=1000,
-        help="first rows of each VLC file, 0: all [authors]",
-    )
+    add("--vlc-rows", type=at_least(0), default=1000, help="rows of a VLC file, 0: all [authors]")
     add("--pairs", type=Path, help="score the kinds of a .jsonl of negatives.py")
     add("--captions", type=Path, help="retrieval on a captions file")
     add("--split", nargs="+", default=[], help="test ... of --captions, a file of Karpathy's")
@@ -707,6 +700,8 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if bool(args.image) != bool(args.texts):
         p.error("--image goes together with --texts")
+    if args.split and not args.captions:
+        p.error("--split goes together with --captions")
     if args.wise and not args.base:
         p.error("--wise needs --base: between what and the checkpoint?")
     args.bench += [name for name in ("pairs", "captions") if getattr(args, name)]

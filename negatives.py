@@ -28,7 +28,7 @@ import sys
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 from tqdm import tqdm
@@ -407,7 +407,9 @@ class MaskedLMFiller:
         self.candidates = candidates
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        with naming(f"the masked LM {name}", "here (offline: --filler FOLDER, or ngram)"):
+        with naming(
+            f"the masked LM {name}", "here (offline: negatives.py --filler FOLDER, or ngram)"
+        ):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts them from 2
@@ -631,7 +633,7 @@ def digest(content) -> str:
 # ---- Captions in ---------------------------------------------------------------------------------
 
 
-IMAGE_KEYS = ("image", "filepath", "file_name", "url", "image_name")
+IMAGE_KEYS = ("image", "filepath", "file_name", "image_name", "url")
 CAPTION_KEYS = ("caption", "title", "text", "comment")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -650,7 +652,7 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
     captions are sorted by picture, all others keep their order.
     """
     records = []
-    with naming(path, "a captions file"):
+    with naming(path, "a captions file (docs/data.md says what is read)"):
         for number, record in enumerate(read_records(path)):
             split = record.pop("split", None)
             if splits and split not in splits:
@@ -660,20 +662,22 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
             records.append({"id": number, **record, "caption": text})
     if not records:
         of_splits = f" of split {' or '.join(splits)}" if splits else ""
-        raise BadInput(f"{path} holds no captions{of_splits} (docs/data.md says what is read)")
+        raise BadInput(f"{path} holds no captions{of_splits}: docs/data.md says what is read")
     return records
 
 
 def read_records(path: Path) -> Iterator[dict]:
+    kind = path.suffix.lower()
     if path.is_dir():
         yield from read_folder(path)
-    elif path.suffix in (".csv", ".tsv"):
-        yield from read_table(path)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            yield from read_json([json.loads(line) for line in file])
-    else:
-        yield from read_json(json.loads(path.read_text(encoding="utf-8")))
+        return
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if kind in (".csv", ".tsv"):
+            yield from read_json(read_table(file, kind))
+        elif kind == ".jsonl":
+            yield from read_json(map(json.loads, filter(str.strip, file)))
+        else:
+            yield from read_json(json.load(file))
 
 
 def read_folder(path: Path) -> Iterator[dict]:
@@ -684,34 +688,32 @@ def read_folder(path: Path) -> Iterator[dict]:
             continue
         if text.exists():
             image = str(picture.relative_to(path))
-            yield {"image": image, "caption": text.read_text(encoding="utf-8")}
+            yield {"image": image, "caption": text.read_text(encoding="utf-8-sig")}
         else:
             without += 1
     if without:
         tqdm.write(f"warning: {without} pictures without a .txt in {path} are left out")
 
 
-def read_table(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = "\t" if path.suffix == ".tsv" else max(",;|\t", key=header.count)
-        names, quoting = None, csv.QUOTE_MINIMAL
-        if "://" in header:  # there is none: CC12M's (address, caption), or CC3M's
-            names = ["url", "caption"] if "://" in header.split()[0] else ["caption", "url"]
-            quoting = csv.QUOTE_NONE
-        lines = itertools.chain([header], file)
-        rows = csv.DictReader(
-            lines, names, delimiter=delimiter, skipinitialspace=True, quoting=quoting
-        )
-        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-        for row in rows:
-            fields = list(row.values())
-            if None in row or None in fields or (delimiter == "\t" and "\t" in "".join(fields)):
-                raise ValueError(f"line {rows.line_num}: too many or few fields, or a quote")
-            yield {"image": first_of(row, IMAGE_KEYS), "caption": first_of(row, CAPTION_KEYS)}
+def read_table(file: TextIO, kind: str) -> Iterator[dict]:
+    """The rows of a .csv or .tsv, by the names in its header."""
+    header = file.readline()
+    mark = "\t" if kind == ".tsv" else max(",;|\t", key=header.count)
+    names, quoting = None, csv.QUOTE_MINIMAL
+    file.seek(0)
+    if kind == ".tsv" and "://" in header:  # CC12M's (address, caption), CC3M's: without a header
+        names = ["url", "caption"] if "://" in header.split()[0] else ["caption", "url"]
+        quoting = csv.QUOTE_NONE
+    rows = csv.DictReader(file, names, delimiter=mark, skipinitialspace=True, quoting=quoting)
+    rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+    for row in rows:
+        fields = list(row.values())
+        if None in row or None in fields or (mark in "\t|" and mark in "".join(fields)):
+            raise ValueError(f"line {rows.line_num}: too many or few fields, or a quote")
+        yield row
 
 
-def read_json(content: dict | list) -> Iterator[dict]:
+def read_json(content: dict | Iterable[dict]) -> Iterator[dict]:
     if isinstance(content, dict) and "annotations" in content:  # COCO
         files = {image["id"]: image["file_name"] for image in content["images"]}
         for a in sorted(content["annotations"], key=lambda a: a["image_id"]):
@@ -730,16 +732,17 @@ def read_json(content: dict | list) -> Iterator[dict]:
             yield {"id": r["region_id"], "image": image, "caption": r["phrase"], "box": box}
         if "regions" not in entry:
             image, texts = first_of(entry, IMAGE_KEYS), first_of(entry, CAPTION_KEYS)
-            own = {key: entry[key] for key in ("id", "box", "split") if key in entry}
+            own = {key: entry[key] for key in ("box", "split") if key in entry}
             for text in [texts] if isinstance(texts, str) else texts:
                 yield {**own, "image": image, "caption": text}
 
 
 def first_of(entry: dict, keys: tuple[str, ...]) -> str:
-    for key in keys:
-        if key in entry:
-            return entry[key]
-    raise ValueError(f"none of {', '.join(keys)} is among {', '.join(entry)}")
+    """What stands under the first of the keys that is there and not empty."""
+    found = [entry[key] for key in keys if key in entry]
+    if not found:
+        raise ValueError(f"none of {', '.join(keys)} is among {', '.join(entry)}")
+    return next(filter(None, found), "")
 
 
 # ---- Mistakes of a user, one line each, and the command line -------------------------------------
@@ -773,6 +776,7 @@ def at_least(low: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
         return value
 
+    number.__name__ = type(low).__name__  # argparse: "invalid int value: '1.5'"
     return number
 
 

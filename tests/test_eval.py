@@ -657,6 +657,7 @@ def test_a_zero_shot_set_that_cannot_be_read_is_named(score, monkeypatch, tmp_pa
         ("bad.png", "bad.png is not a checkpoint of ViT-B-32-quickgelu: "),
         (f"{ONE} --image a.jpg", "--image goes together with --texts"),
         (f"{ONE} --wise 0.5", "--wise needs --base"),
+        (f"{ONE} --split test", "--split goes together with --captions"),
         (f"{ONE} --wise nan", "argument --wise: nan is not a number from 0.0 on"),
         (f"{ONE} --batch-size 0", "argument --batch-size: 0 is not"),
         (f"{ONE} --workers -1", "argument --workers: -1 is not"),

@@ -476,7 +476,9 @@ def test_masked_lm_of_other_architectures(tmp_path, tiny_roberta, name):
 
 
 def test_an_unknown_masked_lm_is_one_line(tmp_path):
-    with pytest.raises(BadInput, match="nothing is not here .offline: --filler FOLDER, or ngram"):
+    with pytest.raises(
+        BadInput, match="nothing is not here .offline: negatives.py --filler FOLDER, or ngram"
+    ):
         negatives.MaskedLMFiller(str(tmp_path / "nothing"))
 
 
@@ -591,7 +593,7 @@ def test_odd_captions(tmp_path, tiny_roberta, filler):
 ONE = {"id": 0, "image": "a.jpg", "caption": "A dog, 'wet'"}  # below: &#39; is HTML for '
 TWO = [ONE, {"id": 1, "image": "b.jpg", "caption": "two lines"}]
 URLS = [
-    {"id": 0, "image": "http://a/b.jpg", "caption": 'A "dog"'},
+    {"id": 0, "image": "http://a/b.jpg", "caption": 'A "dog", wet, red'},
     {"id": 1, "image": "https://c", "caption": '"x'},
 ]
 LIST = [{"image": "a.jpg", "caption": ["A dog, 'wet'"]}, {"image": "b.jpg", "caption": "two lines"}]
@@ -620,20 +622,22 @@ REGIONS = [{"regions": [REGION | {"width": 30, "height": 0}]}, {"id": 4, "region
         (
             "ours.jsonl",
             json.dumps(ONE | {"id": 7, "box": [1, 2, 3, 4], "relation": "x", "missing": {}}) + "\n",
-            [ONE | {"id": 7, "box": [1, 2, 3, 4]}],
+            [ONE | {"box": [1, 2, 3, 4]}],
         ),
         (
             "metadata.jsonl",  # of an image folder for datasets
-            '{"file_name": "a.jpg", "text": "A dog, \'wet\'"}\n'
+            '\ufeff{"file_name": "a.jpg", "text": "A dog, \'wet\'"}\n \n'
             '{"file_name": "b.jpg", "text": "two lines"}',
             TWO,
         ),
         ("spaces.csv", "image , caption\na.jpg, \"A dog, 'wet'\"\n", [ONE]),
         ("semicolons.csv", "image;caption\na.jpg;A dog, 'wet'\n", [ONE]),
         ("results.csv", "image_name| comment_number| comment\na.jpg| 0| A dog, 'wet'\n", [ONE]),
+        ("empty.csv", "image,filepath,caption,title\n,a.jpg,,\"A dog, 'wet'\"\n", [ONE]),
+        ("more.csv", "image,caption,see http://x\na.jpg,\"A dog, 'wet'\",y\n", [ONE]),
         ("tabs.csv", "filepath\ttitle\na.jpg\tA dog, 'wet'\n", [ONE]),
-        ("cc3m.tsv", 'A "dog" \thttp://a/b.jpg\n"x\thttps://c\n', URLS),
-        ("cc12m.tsv", 'http://a/b.jpg\tA "dog" \nhttps://c\t"x\n', URLS),
+        ("cc3m.tsv", 'A "dog", wet, red\thttp://a/b.jpg\n"x\thttps://c\n', URLS),
+        ("cc12m.tsv", 'http://a/b.jpg\tA "dog", wet, red\nhttps://c\t"x\n', URLS),
         (
             "region_descriptions.json",
             json.dumps(REGIONS),
@@ -682,9 +686,15 @@ def test_splits_of_karpathy(tmp_path):
     (path := tmp_path / "dataset_coco.json").write_text(json.dumps({"images": IMAGES}))
     assert negatives.read_captions(path, ["test", "val"]) == TWO[1:]
     assert negatives.read_captions(path, ["test", "train"]) == TWO
+    listed = [entry | {"split": split} for entry, split in zip(LIST, ("train", "test"))]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    assert negatives.read_captions(tmp_path / "list.json", ["test"]) == TWO[1:]
+    table = "image,caption,split\na.jpg,a dog,train\nb.jpg,two lines,test\n"
+    (tmp_path / "table.csv").write_text(table)
+    assert negatives.read_captions(tmp_path / "table.csv", ["test"]) == TWO[1:]
     for other, content in ((path, {"images": IMAGES}), (tmp_path / "c.json", LIST)):
         other.write_text(json.dumps(content))
-        with pytest.raises(BadInput, match="holds no captions of split restval or val .docs/data"):
+        with pytest.raises(BadInput, match="holds no captions of split restval or val: docs/data"):
             negatives.read_captions(other, ["restval", "val"])
     code, said = run(
         "--captions", path, "--split", "train", "--out", tmp_path / "o", "--filler", "ngram"
@@ -708,7 +718,7 @@ def test_a_folder_as_img2dataset_leaves_it(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"warning: 1 pictures without a .txt in {tmp_path} are left out" in said
     (tmp_path / "2").mkdir()
-    with pytest.raises(BadInput, match="2 holds no captions .docs/data.md says"):
+    with pytest.raises(BadInput, match="2 holds no captions: docs/data.md says"):
         negatives.read_captions(tmp_path / "2")
 
 
@@ -732,28 +742,33 @@ def test_real_files(name, count):
     ("name", "content", "message"),
     [
         ("c.json", None, "c.json: No such file"),
-        ("c.json", "", "is not a captions file: JSONDecodeError"),
+        ("c.json", "", "is not a captions file .*: JSONDecodeError"),
         ("c.json", '{"images": []}', "holds no captions"),
-        ("c.json", '{"images": [{"id": 3}]}', "is not a captions file: KeyError 'filename'"),
-        ("c.jsonl", '{"image": "a", "caption": "a"}\n{', "is not a captions file: JSONDecodeError"),
+        ("c.json", '{"images": [{"id": 3}]}', "is not a captions file .*: KeyError 'filename'"),
+        (
+            "c.jsonl",
+            '{"image": "a", "caption": "a"}\n{',
+            "is not a captions file .*: JSONDecodeError",
+        ),
         ("c.json", '{"images": [], "annotations": []}', "holds no captions"),
         (
             "c.json",
             '[{"image": "a", "caption": "a"}, {"caption": "b"}]',
-            "is not a captions file: none of image, .* is among caption$",
+            "is not a captions file .*: none of image, .* is among caption$",
         ),
-        ("c.json", '[{"image": "a.jpg", "caption": [1]}]', "is not a captions file: TypeError"),
-        ("c.json", '[{"regions": [{"phrase": "a"}]}]', "is not a captions file: KeyError 'x'"),
-        ("c.json", b"\xff\xfe\x00", "is not a captions file: UnicodeDecodeError"),
+        ("c.json", '[{"image": "a.jpg", "caption": [1]}]', "is not a captions file .*: TypeError"),
+        ("c.json", '[{"regions": [{"phrase": "a"}]}]', "is not a captions file .*: KeyError 'x'"),
+        ("c.json", b"\xff\xfe\x00", "is not a captions file .*: UnicodeDecodeError"),
         (
             "c.csv",
             "caption,file\na,b\n",
-            "is not a captions file: none of image, filepath, file_name, url, image_name is among "
-            "caption, file$",
+            "is not a captions file .*: none of image, filepath, file_name, image_name, url is "
+            "among caption, file$",
         ),
         ("c.csv", "image,caption\na,b\nc\n", "line 3: too many or few fields"),
         ("c.csv", "caption,image\na,b,c\n", "line 2: too many or few fields"),
         ("c.csv", "caption,url\n", "holds no captions"),
+        ("c.csv", 'image|comment\na|"b\nc|d"\n', "line 3: .* or a quote"),
         ("c.tsv", 'caption\turl\n"a dog\tu1\na cat"\tu2\n', "line 3: .* or a quote"),
     ],
 )

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import json
 import math
@@ -149,7 +150,7 @@ def test_checkpoint_is_the_same_model_here_and_in_open_clip(tmp_path, quick_gelu
     assert str(loaded.train_transform) == str(ours.train_transform)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("layout", ["bare", "state_dict", "model", "model_state_dict"])
 def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
     """As open_clip and CE-CLIP (state_dict, module.), NegCLIP (with the learning rate as a number
@@ -161,7 +162,7 @@ def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
         saved = {"config": {}, "optimizer": [{"lr": np.float64(1e-6)}], layout: saved}
     torch.save(saved, path)
     assert flat(ce_clip.load_model(path, name).model.state_dict()) == flat(expected)
-    assert f"warning: {path}, read as a {name}, does not say its act" in capsys.readouterr().out
+    assert f"warning: {path} is read as a {name}; its activation is" in capsys.readouterr().out
 
 
 def test_which_weights_of_several_are_read():
@@ -205,8 +206,8 @@ def test_safetensors_and_files_of_old_versions_of_torch(world, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_as_openai_publishes_them(world, tmp_path):
-    """With three integers among the weights, and half precision."""
+def test_a_torchscript_archive_as_openai_publishes_them(world, tmp_path, monkeypatch):
+    """With three integers among the weights, and half precision; no other is loaded."""
     model = model_of(world).model
     original = copy.deepcopy(model)
     mask = model._buffers.pop("attn_mask")  # OpenAI's is no weight
@@ -217,6 +218,12 @@ def test_a_torchscript_archive_as_openai_publishes_them(world, tmp_path):
     examples = {"encode_image": torch.ones(1, 3, 32, 32), "encode_text": torch.ones(1, 77).int()}
     traced = torch.jit.trace_module(model.eval(), examples, check_trace=False)
     traced.half().save(tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="it is TorchScript, but not OpenAI's"):
+        ce_clip.load_model(str(tmp_path / "x.pt"), str(world / "tiny.json"))
+    known = ce_clip.openai_digests()
+    assert "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af" in known
+    digest = hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(ce_clip, "openai_digests", lambda: known | {digest})
     loaded = ce_clip.load_model(str(tmp_path / "x.pt"), str(world / "tiny.json"))
     assert loaded.model.visual.proj.dtype == torch.float32
     same_features(loaded, original.half().float())
@@ -260,6 +267,9 @@ def test_weights_of_other_sizes(world, tmp_path, capsys):
     loaded = ce_clip.load_model(str(path), str(tmp_path / "larger.json"))
     assert "warning: weights of another picture size" in capsys.readouterr().out
     theirs, *_ = open_clip.create_model_and_transforms("larger", pretrained=str(path))
+    torch.save(model_of(world).model.half().state_dict(), tmp_path / "half.pt")
+    ce_clip.load_model(str(tmp_path / "half.pt"), str(tmp_path / "larger.json"))
+    capsys.readouterr()
     assert flat(loaded.model.state_dict()) == flat(theirs.state_dict())
     with pytest.raises(BadInput, match="size mismatch for positional_embedding"):
         ce_clip.load_model(str(path), str(tmp_path / "shorter.json"))
@@ -290,6 +300,13 @@ def test_openai_weights_always_get_quickgelu(monkeypatch):
         assert open_clip.get_model_config(asks("openai", name).split()[0])["quick_gelu"]
 
 
+def test_a_folder_does_not_hide_a_tag(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()
+    monkeypatch.setattr(ce_clip, "build_model", lambda *args: args)
+    assert ce_clip.load_model("openai") == (ce_clip.DEFAULT_MODEL, "openai")
+
+
 def save_code(path, mark):
     """What a pickle can do when it is loaded."""
     code = type("Code", (), {"__reduce__": lambda self: (Path.write_text, (mark, "it ran"))})()
@@ -304,6 +321,8 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
             ce_clip.load_model(str(path), str(world / "tiny.json"))
 
     assert_refused("no file, and no TAG or MODEL/TAG of open_clip's weights")
+    with pytest.raises(BadInput, match=f"^{tmp_path} has none of open_clip_model.safetensors, "):
+        ce_clip.load_model(str(tmp_path))
     save_code(path, mark)
     assert_refused("not a checkpoint of .*tiny.json: it holds .*, which might run code")
     assert not mark.exists()
@@ -315,7 +334,7 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
         r"visual.class_embedding\), 4 weights are unknown \(a, b, c\)$"
     )
     path.write_bytes(path.read_bytes()[:500])
-    assert_refused("not a checkpoint of .*tiny.json: ")
+    assert_refused("not a checkpoint of .*tiny.json: torch cannot read it: damaged, or no checkpo")
     torch.save([1], path)
     assert_refused("not a checkpoint of .*tiny.json: it holds a list, not a state dict")
     for content, message in {
@@ -397,6 +416,8 @@ def test_pictures_of_16_bits_are_scaled_to_8(tmp_path):
         Image.fromarray(array).save(tmp_path / name)
         found = np.asarray(ce_clip.open_image(tmp_path / name))
         assert (found == grey[:, :, None]).all()
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "b.tif")  # 8 bits after all
+    assert (np.asarray(ce_clip.open_image(tmp_path / "b.tif")) == grey[:, :, None]).all()
     Image.fromarray(np.array([[-9, 2560, 99_999]], np.int32)).save(tmp_path / "b.tif")
     assert ce_clip.open_image(tmp_path / "b.tif").convert("L").tobytes() == bytes([0, 10, 255])
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "c.tif")
@@ -421,6 +442,11 @@ def test_pictures_are_looked_for_before_training(tmp_path):
         records(*names, "x/y/3.jpg", "x/y/4.jpg")
     with pytest.raises(BadInput, match="images/z: No such file or directory"):
         records(*names, "z/1.jpg")
+    with pytest.raises(BadInput, match="^/no.jpg: no such picture"):
+        records(*names, "/no.jpg")
+    (tmp_path / "n.jsonl").write_text('{"caption": "a", "image": "a\\b.jpg"}'.replace("b", "d"))
+    with pytest.raises(BadInput, match="n.jsonl is not as expected: JSONDecodeError Invalid"):
+        ce_clip.Records(tmp_path / "n.jsonl", tmp_path, [])
 
 
 def test_negatives_that_cannot_be_written_can_lie_elsewhere(tmp_path, monkeypatch):
@@ -428,7 +454,9 @@ def test_negatives_that_cannot_be_written_can_lie_elsewhere(tmp_path, monkeypatc
     error = PermissionError(13, "Permission denied", "vg/x.part")
     monkeypatch.setattr(negatives, "generate", Mock(side_effect=error))
     args = SimpleNamespace(data=["vg"], data_root=tmp_path)
-    with pytest.raises(BadInput, match="x.part: Permission denied .* --data FILE --images .*vg/im"):
+    with pytest.raises(
+        BadInput, match="Permission denied: 'vg/x.part' .* --data FILE --images .*vg/i"
+    ):
         ce_clip.load_records(args, [])
 
 
@@ -828,10 +856,9 @@ MISTAKES = {
     "--data {}/empty.jsonl": "0 captions do not fill one batch of 8",
     "--batch-size 256": "24 captions do not fill one batch of 256",
     "--batch-size 0": "argument --batch-size: 0 is not a number from 1 on",
-    "--epochs 1.5": "argument --epochs: invalid number value: '1.5'",
+    "--epochs 1.5": "argument --epochs: invalid int value: '1.5'",
     "--lr nan": "argument --lr: nan is not a number from 0.0 on",
     "--warmup -5": "argument --warmup: -5 is not",
-    "--seed -1": "argument --seed: -1 is not",
     "--alpha -1": "argument --alpha: -1 is not",
     "--threshold nan": "argument --threshold: nan is not",
     "--out {}/empty.jsonl/x": "empty.jsonl/x: Not a directory",
