@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import random
 import shutil
 import subprocess
@@ -665,6 +666,13 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["negatives.py", *options, *more])
         with pytest.raises(error, match="none.json: No such file or directory"):
             negatives.run(negatives.main)
+
+
+def test_loggers_of_libraries_are_quiet(monkeypatch, caplog):
+    logging.disable(logging.NOTSET)
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    negatives.run(lambda: logging.warning("No pretrained weights loaded"))
+    assert caplog.text == ""
 
 
 def test_what_to_do_when_shared_memory_is_exhausted(monkeypatch):

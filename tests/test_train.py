@@ -442,6 +442,11 @@ def test_pictures_are_looked_for_before_training(tmp_path):
         records(*names, "x/y/3.jpg", "x/y/4.jpg")
     with pytest.raises(BadInput, match="images/z: No such file or directory"):
         records(*names, "z/1.jpg")
+    with pytest.raises(BadInput, match='"ö.jpg: no such picture'):
+        records(*names, '"ö.jpg')
+    with pytest.MonkeyPatch.context() as patch:  # a disk that spells names in its own way
+        patch.setattr(os, "listdir", lambda _: [])
+        records(*names)
     with pytest.raises(BadInput, match="^/no.jpg: no such picture"):
         records(*names, "/no.jpg")
     (tmp_path / "n.jsonl").write_text('{"caption": "a", "image": "a\\b.jpg"}'.replace("b", "d"))
