@@ -21,5 +21,5 @@ $TUNE --losses itc,hn --out $OUT/itc-hn
 $TUNE --losses itc,hn,imc,cmr --out $OUT/ce-clip
 
 python eval_bench.py --pairs data/toy/negatives_test.jsonl --captions data/toy/captions_test.json \
-    --images data/toy/images --out $OUT/results --ckpt $OUT/pretrained/epoch_4.pt \
+    --images data/toy/images --blind --out $OUT/results --ckpt $OUT/pretrained/epoch_4.pt \
     $OUT/itc/epoch_2.pt $OUT/itc-hn/epoch_2.pt $OUT/ce-clip/epoch_2.pt
