@@ -1,0 +1,50 @@
+#!/bin/bash
+# The paper's ablations on the toy world: Table 4, Fig. 4, 5 and 6, an hour for two seeds on 2 cores.
+#
+#     bash ablate.sh [SEED]        # after toy.sh SEED; runs and figures in runs/ablate-SEED
+set -e
+SEED=${1:-42}
+TOY=runs/toy-$SEED
+OUT=runs/ablate-$SEED
+export OMP_NUM_THREADS=1
+
+bash toy.sh $SEED
+tune() {  # a run of Eq. 8 as in toy.sh, with other flags
+    python ce_clip.py --data data/toy/negatives_train.jsonl --images data/toy/images \
+        --batch-size 64 --workers 1 --no-augmentation --seed $SEED --resume \
+        --pretrained $TOY/pretrained/epoch_4.pt --epochs 2 --lr 2e-3 --out $OUT/"$@"
+}
+score() {  # a table and its figure
+    python eval_bench.py --pairs data/toy/negatives_test.jsonl --captions data/toy/captions_test.json \
+        --images data/toy/images --blind --out $OUT/results-$1 --ckpt "${@:2}"
+    python figures.py --results $OUT/results-$1 --out $OUT/figures-$1
+}
+PLAIN=$TOY/ce-clip/epoch_2.pt
+
+tune imc --losses itc,hn,imc
+tune cmr --losses itc,hn,cmr
+tune imc-released --losses itc,hn,imc_released,cmr
+score table-4 $TOY/{itc,itc-hn}/epoch_2.pt $OUT/{imc,cmr,imc-released}/epoch_2.pt $PLAIN
+
+for KIND in relation attribute action object; do
+    tune $KIND --kinds $KIND
+done
+score fig-4 $OUT/{relation,attribute,action,object}/epoch_2.pt $PLAIN
+
+for THRESHOLD in 2 5 10; do
+    tune threshold-$THRESHOLD --threshold $THRESHOLD
+done
+score fig-5a $OUT/threshold-{2,5,10}/epoch_2.pt $PLAIN
+
+for BOUND in 1 2 5 20; do
+    tune bound-$BOUND --upper-bound $BOUND
+done
+score fig-5c $OUT/bound-{1,2,5,20}/epoch_2.pt $PLAIN
+
+for ALPHA in 0.1 0.4 0.8; do
+    tune alpha-$ALPHA --alpha $ALPHA
+done
+for BETA in 0.2 0.8 1.6; do
+    tune beta-$BETA --beta $BETA
+done
+score fig-6 $OUT/alpha-{0.1,0.4,0.8}/epoch_2.pt $OUT/beta-{0.2,0.8,1.6}/epoch_2.pt $PLAIN
