@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -652,6 +653,24 @@ def test_run_on_one_and_two_processes(world, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert "one holds checkpoints: --resume a run of ours" in refused(world, tmp_path / "one")
     assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == before
+
+
+def test_two_machines_are_one(world, tmp_path):
+    """Two launchers that meet at an address, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "7"]
+    options += ["--rdzv_backend", "c10d", "--rdzv_endpoint", address, "ce_clip.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    launchers = []
+    for _ in range(2):
+        launchers.append(subprocess.Popen([*command, *tiny(world, tmp_path / "two")], stderr=-1))
+    errors = [launcher.communicate()[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+    losses = [[line["loss"] for line in read_log(tmp_path / "two")]]
+    losses.append([line["loss"] for line in train(world, tmp_path / "one")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_thresholds_are_those_of_the_step_before(world, tmp_path):
