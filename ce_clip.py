@@ -589,7 +589,7 @@ def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Im
         image = image.convert("RGB")
         if not box:
             return image
-        left, top, right, bottom = map(round, box)
+        left, top, right, bottom = box
         inside = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
         if not (inside[0] < inside[2] and inside[1] < inside[3]):
             raise ValueError(f"its size is {image.size}, the box {box} lies outside")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -389,18 +390,21 @@ def test_regions_are_cropped_and_large_jpegs_decoded_at_a_fraction_of_their_size
     assert texts == ["a", "b", ""]
     region = ce_clip.open_image(path, box, draft=1)
     assert (region.size, region.getpixel((0, 0))) == ((1, 1), (255, 0, 0))
-    for box in (
+    for box in [
         (8, 0, 9, 1),
         (0, -3, 4, 0),
         (math.nan, 0, 9, 9),
-        (0, 0, math.inf, 9),
+        (0, 0, 9, math.nan),
         (3, 3, 3, 4),
-    ):
-        with pytest.raises(BadInput, match="a.png is not a picture: "):
+    ]:
+        outside = re.escape(f"its size is (8, 8), the box {box} lies outside")
+        with pytest.raises(BadInput, match=f"a.png is not a picture: {outside}$"):
             ce_clip.open_image(path, box)
-    with pytest.raises(BadInput, match=r"a.png is not .* \(8, 8\), the box \(8, .* lies outside$"):
-        ce_clip.open_image(path, (8, 0, 9, 1))
-    for box, size in {(-3, 2, 5, 99): (5, 6), (1.2, 0.9, 3.6, 4.4): (3, 3)}.items():
+    for box, size in {
+        (-3, 2, 5, 99): (5, 6),
+        (1.2, 0.9, 3.6, 4.4): (3, 3),
+        (0, 5, math.inf, 9): (8, 3),
+    }.items():
         assert ce_clip.open_image(path, box).size == size  # nothing black beyond the border
 
     Image.new("L", (640, 480)).save(path := tmp_path / "a.jpg")
