@@ -1,14 +1,14 @@
 #!/bin/bash
 # The paper's ablations on the toy world: Table 4, Fig. 4, 5 and 6, an hour for two seeds on 2 cores.
 #
-#     bash ablate.sh [SEED]        # after toy.sh SEED; runs and figures in runs/ablate-SEED
+#     bash ablate.sh [SEED]        # first toy.sh SEED; runs and figures in runs/ablate-SEED
 set -e
 SEED=${1:-42}
 TOY=runs/toy-$SEED
 OUT=runs/ablate-$SEED
 export OMP_NUM_THREADS=1
 
-bash toy.sh $SEED
+[ -e $TOY/ce-clip/epoch_2.pt ] || bash toy.sh $SEED
 tune() {  # a run of Eq. 8 as in toy.sh, with other flags
     python ce_clip.py --data data/toy/negatives_train.jsonl --images data/toy/images \
         --batch-size 64 --workers 1 --no-augmentation --seed $SEED --resume \

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+import ce_clip
+import eval_bench
 import negatives
 import toy
 from ce_clip import build_model
@@ -193,3 +196,29 @@ def test_toy_sh_on_a_small_world(small):
         assert set(pairs[row]) == {*FOUR, *HELD_OUT, "mean"}
         assert pairs[row]["relation"]["total"] == recall[row]["I2T R@1"]["total"] == 40
     assert "I2T R@1" in done.stdout
+
+
+def test_commands_of_ablate_sh(tmp_path, monkeypatch):
+    """With a python that only notes what it is asked: all flags exist, and all checkpoints."""
+    for name in ("toy.sh", "ablate.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$@" >> commands\n')
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "ablate.sh", "7"], check=True, cwd=tmp_path, env=env)
+    runs, tables = set(), {}
+    for line in (tmp_path / "commands").read_text().splitlines():
+        monkeypatch.setattr(sys, "argv", line.split())
+        if sys.argv[0] == "ce_clip.py":
+            args = ce_clip.parse_args()
+            runs.add(f"{args.out}/epoch_{args.epochs}.pt")
+            assert args.seed == 7
+        elif sys.argv[0] == "eval_bench.py":
+            args = eval_bench.parse_args()
+            assert runs.issuperset(args.ckpt)
+            tables[args.out.name] = args.ckpt
+        elif sys.argv[0] == "figures.py":
+            assert sys.argv[2].split("/")[-1] in tables
+    sizes = {name.removeprefix("results-"): len(rows) for name, rows in tables.items()}
+    assert sizes == {"results": 4, "table-4": 6, "fig-4": 5, "fig-5a": 4, "fig-5c": 5, "fig-6": 7}
+    assert len(runs) == 4 + 3 + 4 + 3 + 4 + 6
