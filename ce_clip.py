@@ -334,9 +334,8 @@ def read_checkpoint(path: Path) -> dict:
         return load_file(path)
     archive = zipfile.is_zipfile(path)
     if archive and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() not in openai_digests():
-                raise ValueError("it is TorchScript, but not OpenAI's: save model.state_dict()")
+        if hashlib.sha256(path.read_bytes()).hexdigest() not in openai_digests():
+            raise ValueError("it is TorchScript, but not OpenAI's: save model.state_dict()")
         saved = torch.jit.load(path, map_location="cpu").state_dict()
         for integer in ("input_resolution", "context_length", "vocab_size"):
             saved.pop(integer, None)
