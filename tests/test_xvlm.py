@@ -464,6 +464,11 @@ def test_scores_are_those_of_single_pairs(world, config):
             if itm:
                 expected = expected + model.match(image.expand(2, -1, -1, -1), tokens)
             torch.testing.assert_close(found[n], expected)
+    scorer.blind = True  # others' pictures are matched, too
+    cell = eval_bench.accuracies(scorer, items, itm=True)[""]
+    others = eval_bench.exchanged([items[n] for n in (0, 2, 3)])
+    assert len({other.picture for other in others}) == 2
+    assert cell.blind == 100 * sum(scorer.decide(o, True)["right"] for o in others) / 3
     torch.nn.init.constant_(model.itm_head[3].bias, math.nan)  # must not pass for no picture
     with pytest.raises(BadInput, match="features that are not finite"):
         eval_bench.Scorer(loaded, 2, 0).encode(items, itm=True)
