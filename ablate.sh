@@ -48,3 +48,10 @@ for BETA in 0.2 0.8 1.6; do
     tune beta-$BETA --beta $BETA
 done
 score fig-6 $OUT/alpha-{0.1,0.4,0.8}/epoch_2.pt $OUT/beta-{0.2,0.8,1.6}/epoch_2.pt $PLAIN
+
+# beyond the paper: what keeps the cross-modal rank alone from teaching word order here?
+tune cmr-relation --losses itc,hn,cmr --kinds relation
+tune cmr-bound-2 --losses itc,hn,cmr --upper-bound 2
+tune cmr-threshold-5 --losses itc,hn,cmr --threshold 5
+tune hn-relation --losses itc,hn --kinds relation
+score cmr $TOY/itc-hn/epoch_2.pt $OUT/{hn-relation,cmr,cmr-relation,cmr-bound-2,cmr-threshold-5}/epoch_2.pt

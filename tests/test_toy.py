@@ -220,5 +220,13 @@ def test_commands_of_ablate_sh(tmp_path, monkeypatch):
         elif sys.argv[0] == "figures.py":
             assert sys.argv[2].split("/")[-1] in tables
     sizes = {name.removeprefix("results-"): len(rows) for name, rows in tables.items()}
-    assert sizes == {"results": 4, "table-4": 6, "fig-4": 5, "fig-5a": 4, "fig-5c": 5, "fig-6": 7}
-    assert len(runs) == 4 + 3 + 4 + 3 + 4 + 6
+    assert sizes == {
+        "results": 4,
+        "table-4": 6,
+        "fig-4": 5,
+        "fig-5a": 4,
+        "fig-5c": 5,
+        "fig-6": 7,
+        "cmr": 6,
+    }
+    assert len(runs) == 4 + 3 + 4 + 3 + 4 + 6 + 4
