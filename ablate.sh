@@ -11,8 +11,8 @@ export OMP_NUM_THREADS=1
 [ -e $TOY/ce-clip/epoch_2.pt ] || bash toy.sh $SEED
 tune() {  # a run of Eq. 8 as in toy.sh, with other flags
     python ce_clip.py --data data/toy/negatives_train.jsonl --images data/toy/images \
-        --batch-size 64 --workers 1 --no-augmentation --seed $SEED --resume \
-        --pretrained $TOY/pretrained/epoch_4.pt --epochs 2 --lr 2e-3 --out $OUT/"$@"
+        --model data/toy/model.json --batch-size 64 --workers 1 --no-augmentation --seed $SEED \
+        --pretrained $TOY/pretrained/epoch_4.pt --epochs 2 --lr 2e-3 --resume --out $OUT/"$@"
 }
 score() {  # a table and its figure
     python eval_bench.py --pairs data/toy/negatives_test.jsonl --captions data/toy/captions_test.json \
