@@ -40,7 +40,7 @@ import words as word_lists
 KINDS = {"relation": "swap", "attribute": "ADJ", "action": "VERB", "object": "NOUN"}
 FOUR = list(KINDS)  # the paper's
 KINDS["number"] = "NUM"
-CANDIDATES = 50  # words that a filler proposes for a mask
+CANDIDATES = 100  # words that a filler proposes for a mask: of fewer, text tells more
 LAST = 1e-3  # weight of words that are drawn where there are hardly others
 MASKS = 128  # masked captions in one forward pass
 MODIFIERS = ("DET", "NUM", "ADJ", "PRON")  # what may stand between "of" and a noun
@@ -283,17 +283,22 @@ def acceptable(
     colour, and to nothing else. Objects of the same sort come first: a person for a person.
     """
     found = Counter()
-    groups = word_lists.SORTS if kind == "object" else word_lists.CONTRAST.get(kind, [])
-    old_groups = [group for group in groups if tagger.lemmas(old) & group]
     for word, weight in proposed.items():
         word = word.lower()
         if not word.isalpha() or len(word) == 1 or tagger.lemmas(word) & true:
             continue
-        if old_groups == [group for group in groups if tagger.lemmas(word) & group]:
+        if groups_of(tagger.lemmas(old), kind) == groups_of(tagger.lemmas(word), kind):
             found[word] += weight
         elif kind == "object":
             found[word] += weight * LAST
     return found
+
+
+@functools.cache
+def groups_of(lemmas: frozenset[str], kind: str) -> list[int]:
+    """Which groups of CONTRAST a word is in, of an object which SORTS."""
+    groups = word_lists.SORTS if kind == "object" else word_lists.CONTRAST.get(kind, [])
+    return [n for n, group in enumerate(groups) if lemmas & group]
 
 
 class Tagger:
