@@ -111,7 +111,7 @@ class Scorer:
         with naming(path, "a JSON list or object"):
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".jsonl":
-                return [json.loads(line) for line in text.splitlines()]
+                return [json.loads(line) for line in text.strip().split("\n")]
             content = json.loads(text)
             return list(content.values() if isinstance(content, dict) else content)
 
@@ -425,7 +425,7 @@ def winoground(scorer: Scorer, root: Path) -> dict[str, Cell]:
             text.append(own_0 > other_0 and own_1 > other_1)
             image.append(own_0 > other_1 and own_1 > other_0)
             scorer.decisions += lines
-    group = [both == (True, True) for both in zip(text, image)]
+    group = [both_texts and both_images for both_texts, both_images in zip(text, image)]
     rights = {"Text": text, "Image": image, "Group": group}
     return {name: Cell(share(right), len(right), len(items) // 2) for name, right in rights.items()}
 

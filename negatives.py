@@ -412,9 +412,7 @@ class MaskedLMFiller:
         self.candidates = candidates
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        with naming(
-            f"the masked LM {name}", "here (offline: negatives.py --filler FOLDER, or ngram)"
-        ):
+        with naming(f"the masked LM {name}", "here (negatives.py --filler FOLDER or ngram)"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts them from 2

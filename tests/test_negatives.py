@@ -478,7 +478,7 @@ def test_masked_lm_of_other_architectures(tmp_path, tiny_roberta, name):
 
 def test_an_unknown_masked_lm_is_one_line(tmp_path):
     with pytest.raises(
-        BadInput, match="nothing is not here .offline: negatives.py --filler FOLDER, or ngram"
+        BadInput, match="nothing is not here .negatives.py --filler FOLDER or ngram"
     ):
         negatives.MaskedLMFiller(str(tmp_path / "nothing"))
 
