@@ -147,6 +147,7 @@ def test_sugarcrepe_pp_by_hand(tmp_path):
         "n": [0, 1, 0],
         "a2": [0, 0, 1],
         "n2": [0.5, 0, 0.5],
+        "n3": [0.85, 2, 0],
     }
     folder = tmp_path / "coco" / "val2017"
     scorer = by_hand(texts, {folder / "1.jpg": [1, 0.5, 0], folder / "2.jpg": [0, 1, 0]})
@@ -158,13 +159,16 @@ def test_sugarcrepe_pp_by_hand(tmp_path):
             item | {"filename": "2.jpg"},  # ITT wrong
             item | {"filename": "1.jpg", "negative_caption": "b"},  # a tie in both
             item | {"filename": "3.jpg", "caption2": "a2", "negative_caption": "n2"},  # TOT wrong
+            item | {"filename": "3.jpg", "negative_caption": "n3"},  # and for the second alone
         ],
     )
     for name in (folder / "1.jpg", folder / "2.jpg"):
         save(name, "")
+    scorer.encode_texts = (asked := []).extend
     cells = eval_bench.sugarcrepe_pp(scorer, tmp_path)
-    assert cells["TOT replace_obj"] == Cell(50, 4, 4)
-    assert cells["ITT replace_obj"] == Cell(pytest.approx(100 / 3), 3, 4)
+    assert {"a2", "n2"} < set(asked)  # also where the picture is absent
+    assert cells["TOT replace_obj"] == Cell(40, 5, 5)
+    assert cells["ITT replace_obj"] == Cell(pytest.approx(100 / 3), 3, 5)
     for subset in ("replace_att", "replace_rel", "swap_att", "swap_obj"):
         right = 2 if subset == "replace_att" else 1
         entries = [item, item] if right == 2 else [item, item | {"negative_caption": "b"}]
