@@ -1,0 +1,162 @@
+"""The tables of docs/evidence.md, from what docs/evidence.sh has left.
+
+python docs/evidence.py runs/photographs/results         # or .../results-old
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+SETTINGS = {  # folder of a run, without its seed
+    "base": "base",
+    "eq1": "Eq. 1",
+    "eq2": "Eq. 2",
+    "imc": "Eq. 2 + IMC",
+    "cmr": "Eq. 2 + CMR",
+    "eq8": "Eq. 8",
+    "imc-released": "Eq. 8, IMC as released",
+    "cmr-bound-2": "Eq. 2 + CMR, u = 2",
+    "eq8-bound-2": "Eq. 8, u = 2",
+    "eq8-old": "Eq. 8, old negatives",
+    "eq8, WiSE 0.5": "Eq. 8, half-way from the base",
+}
+KINDS = ["relation", "attribute", "action", "object"]
+GROUPS = [("pairs", kind) for kind in [*KINDS, "number"]]
+GROUPS += [("sugarcrepe", ""), ("valse", "")]  # all of their items
+COLUMNS = [("captions", f"{way} R@{k}") for way in ("I2T", "T2I") for k in (1, 5, 10)]
+COLUMNS += [("sugarcrepe_pp", "TOT replace"), ("sugarcrepe_pp", "TOT swap")]
+SAMPLES = 10_000  # of the bootstrap
+
+
+def read(folder: Path) -> dict[str, dict[str, dict]]:
+    """runs[folder of a run, without its seed][seed]: {"cells": {(benchmark, column): value},
+    "items": {benchmark: lines of items.jsonl}, "log": the last line of the run's log}"""
+    rows = defaultdict(lambda: {"cells": {}, "items": defaultdict(list)})
+    for path in sorted(folder.glob("*/results.json")):
+        for benchmark, found in json.loads(path.read_text())["benchmarks"].items():
+            for row, columns in found.items():
+                for column, cell in columns.items():
+                    rows[row]["cells"][benchmark, column] = cell["value"]
+        with path.with_name("items.jsonl").open() as file:
+            for line in map(json.loads, file):
+                rows[line["row"]]["items"][line["benchmark"]].append(line)
+    runs = defaultdict(dict)
+    for row, run in rows.items():  # runs/photographs/eq8-2/epoch_1.pt, WiSE 0.5
+        path, *wise = row.split(", ")
+        run["log"] = json.loads(Path(path).with_name("log.jsonl").read_text().splitlines()[-1])
+        name = Path(path).parent.name
+        name, seed = name.rsplit("-", 1) if "-" in name else (name, "")
+        runs[", ".join([name, *wise])][seed] = run
+    return runs
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation over seeds."""
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def of_group(runs: dict[str, dict], benchmark: str, group: str) -> dict[str, list[dict]]:
+    """{seed: lines of the group, or of all groups}"""
+    lines = {}
+    for seed, run in runs.items():
+        lines[seed] = [x for x in run["items"][benchmark] if group in ("", x["group"])]
+    return lines
+
+
+def accuracies(runs: dict[str, dict]) -> dict[str, str]:
+    """Accuracy / blind accuracy / looking, in %."""
+    cells = {}
+    for benchmark, group in GROUPS:
+        lines = of_group(runs, benchmark, group)
+        number = len(next(iter(lines.values())))
+        if number:
+            texts = []
+            for what in ("right", "blind", "looking"):
+                values = [100 * np.mean([x[what] for x in seed]) for seed in lines.values()]
+                texts.append(spread(values))
+            cells[f"{group or benchmark} ({number})"] = " / ".join(texts)
+    return cells
+
+
+def differences(runs: dict[str, dict], others: dict[str, dict], what: str) -> dict[str, str]:
+    """Of `what`, in points, between runs of one seed: mean, and its 95 % interval by a bootstrap
+    over pictures; bold if 0 is not in it."""
+    cells = {}
+    for benchmark, group in GROUPS:
+        lines, of_others = of_group(runs, benchmark, group), of_group(others, benchmark, group)
+        of_picture = defaultdict(list)
+        for seed in others:
+            mine = lines.get(seed) or lines.get("", [])  # the base has no seed
+            for line, other in zip(mine, of_others[seed]):
+                of_picture[line["picture"][0]].append(100.0 * (line[what] - other[what]))
+        if of_picture:
+            sums = np.array([sum(values) for values in of_picture.values()])
+            counts = np.array([len(values) for values in of_picture.values()])
+            even = np.ones(len(sums)) / len(sums)
+            drawn = np.random.default_rng(0).multinomial(len(sums), even, SAMPLES)
+            low, high = np.quantile(drawn @ sums / (drawn @ counts), [0.025, 0.975])
+            text = f"{sums.sum() / counts.sum():+.1f} [{low:+.1f}, {high:+.1f}]"
+            cells[group or benchmark] = f"**{text}**" if low * high > 0 else text
+    return cells
+
+
+def untrained(runs: dict[str, dict]) -> dict[str, str]:
+    """Retrieval and SugarCrepe++ in %, Fig. 8's means as cosines in %."""
+    cells = {}
+    for benchmark, column in COLUMNS:
+        values = [run["cells"].get((benchmark, column)) for run in runs.values()]
+        if None not in values:
+            cells[column] = spread(values)
+    itt = []
+    for run in runs.values():
+        lines = run["items"]["sugarcrepe_pp"]  # two of each item
+        itt.append([a["right"] and b["right"] for a, b in zip(lines[::2], lines[1::2])])
+    if itt[0]:
+        cells[f"ITT ({len(itt[0])})"] = spread([100 * np.mean(right) for right in itt])
+    for what in ("similarity", "gap"):
+        of_seeds = [[x[what] for x in run["items"]["pairs"]] for run in runs.values()]
+        cells[what] = spread([100 * np.mean(values) for values in of_seeds])
+    return cells
+
+
+def thresholds(runs: dict[str, dict]) -> dict[str, str]:
+    """The last one in logits / share in % of the pairs whose gap is below it."""
+    cells = {}
+    for kind in KINDS:
+        found, shares = [], []
+        for run in runs.values():
+            if f"threshold_{kind}" in run["log"]:
+                threshold, scale = run["log"][f"threshold_{kind}"], run["log"]["logit_scale"]
+                gaps = [x["gap"] for x in run["items"]["pairs"] if x["group"] == kind]
+                found.append(threshold)
+                shares.append(100 * np.mean(scale * np.array(gaps) < threshold))
+        if found:
+            cells[kind] = f"{spread(found)} / {spread(shares, 0)} %"
+    return cells
+
+
+def table(title: str, rows: dict[str, dict[str, str]]) -> None:
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, texts in rows.items():
+        if texts:
+            print(f"| {name} | {' | '.join(texts.get(column, '') for column in columns)} |")
+
+
+def main() -> None:
+    runs = read(Path(sys.argv[1]))
+    shown = {name: runs[folder] for folder, name in SETTINGS.items() if folder in runs}
+    table("Accuracy / blind / looking", {name: accuracies(of) for name, of in shown.items()})
+    for what in ("right", "blind", "looking"):
+        rows = {name: differences(of, shown["Eq. 2"], what) for name, of in shown.items()}
+        table(f"Less that of Eq. 2: {what}", {**rows, "Eq. 2": {}})
+    table("Not trained for", {name: untrained(of) for name, of in shown.items()})
+    table("Thresholds", {name: thresholds(of) for name, of in shown.items()})
+
+
+if __name__ == "__main__":
+    main()

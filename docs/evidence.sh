@@ -1,0 +1,79 @@
+#!/bin/bash
+# The runs of docs/evidence.md: Flickr8k's photographs, three seeds. Four hours on 2 CPU cores.
+#
+#     bash docs/evidence.sh      # from the repository's folder; goes on where it was stopped
+#
+# Needs data/flickr8k: images/, captions_train.json, captions_dev.json (COCO's layout, the official
+# splits) and data/mobilenetv1_100.pt, ImageNet weights of timm's model of that name. Benchmarks of
+# docs/benchmarks.md that lie in data/ are scored too.
+set -e
+export OMP_NUM_THREADS=1
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000  # glibc shall keep memory: faster
+DATA=data/flickr8k
+OUT=runs/photographs
+mkdir -p $OUT
+
+# a CLIP with an ImageNet image tower and a random text tower
+cat > $OUT/photo.json <<END
+{"embed_dim": 256,
+ "vision_cfg": {"timm_model_name": "mobilenetv1_100", "timm_model_pretrained": false,
+                "timm_pool": "avg", "timm_proj": "linear", "image_size": 128},
+ "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}}
+END
+[ -e $OUT/start.pt ] || PYTHONPATH=. python - <<END
+import json, pathlib, torch, ce_clip
+torch.manual_seed(0)
+config = json.load(open("$OUT/photo.json"))
+pixels = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+loaded = ce_clip.build_model("photo", None, config, pixels)
+weights = torch.load("data/mobilenetv1_100.pt", weights_only=True)
+loaded.model.visual.trunk.load_state_dict(weights)
+ce_clip.save_checkpoint(pathlib.Path("$OUT/start.pt"), loaded)
+END
+
+# negatives of today, and of the generator before "what only the picture can refute"
+[ -e $OUT/old ] || git worktree add $OUT/old 056ced49
+for SPLIT in train dev; do
+    for CODE in . $OUT/old; do
+        NAME=$([ $CODE = . ] && echo new || echo old)
+        [ -e $OUT/${NAME}_$SPLIT.jsonl ] || python $CODE/negatives.py --filler ngram \
+            --captions $DATA/captions_$SPLIT.json --out $OUT/${NAME}_$SPLIT.jsonl
+    done
+done
+
+# the base: Eq. 1 on a tower that knows pictures, and a text tower that knows nothing
+TRAIN="ce_clip.py --data $OUT/new_train.jsonl --images $DATA/images --lock-image"
+TRAIN="$TRAIN --batch-size 256 --precision bf16 --workers 0 --resume"
+torchrun --nproc_per_node 2 $TRAIN --pretrained $OUT/start.pt --losses itc --lr 1e-3 --epochs 5 \
+    --out $OUT/base
+
+tune() {  # NAME FLAGS: an epoch from the base, three seeds at a time
+    for SEED in 1 2 3; do
+        python $TRAIN --pretrained $OUT/base/epoch_5.pt --lr 1e-3 --warmup 20 --epochs 1 \
+            --seed $SEED --out $OUT/$1-$SEED "${@:2}" &
+    done
+    wait
+}
+tune eq1 --losses itc
+tune eq2 --losses itc,hn
+tune imc --losses itc,hn,imc
+tune cmr --losses itc,hn,cmr
+tune eq8 --losses itc,hn,imc,cmr
+tune imc-released --losses itc,hn,imc_released,cmr
+tune eq8-old --losses itc,hn,imc,cmr --data $OUT/old_train.jsonl
+tune cmr-bound-2 --losses itc,hn,cmr --upper-bound 2
+tune eq8-bound-2 --losses itc,hn,imc,cmr --upper-bound 2
+
+score() {  # NAME FLAGS: on dev, and on what no negative was made for
+    python eval_bench.py --blind --pairs $OUT/new_dev.jsonl --captions $DATA/captions_dev.json \
+        --images $DATA/images --bench sugarcrepe sugarcrepe_pp valse --out $OUT/results/$1 "${@:2}"
+}
+for SEED in 1 2 3; do
+    score $SEED --ckpt $OUT/*-$SEED/epoch_1.pt
+    python figures.py --results $OUT/results/$SEED --out $OUT/figures-$SEED
+    python eval_bench.py --blind --pairs $OUT/old_dev.jsonl --images $DATA/images \
+        --out $OUT/results-old/$SEED --ckpt $OUT/*-$SEED/epoch_1.pt
+done
+score wise --base $OUT/base/epoch_5.pt --ckpt $OUT/eq8-?/epoch_1.pt --wise 0.5
+python docs/evidence.py $OUT/results
+python docs/evidence.py $OUT/results-old

@@ -1,0 +1,124 @@
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ce_clip
+import eval_bench
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def evidence():
+    spec = importlib.util.spec_from_file_location("evidence", ROOT / "docs" / "evidence.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+STUB = """#!/bin/bash
+echo "$@" >> commands
+if [[ "$@" = *ce_clip.py* ]]; then
+    while [ $1 != --out ]; do shift; done
+    mkdir -p $2
+    touch $2/epoch_{1,5}.pt
+fi
+"""
+
+
+def test_commands_of_evidence_sh(tmp_path, monkeypatch, evidence):
+    """With a python that only notes what it is asked, and makes folders with checkpoints."""
+    shutil.copy(ROOT / "docs" / "evidence.sh", tmp_path)
+    for name in ("python", "torchrun", "git"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "evidence.sh"], check=True, cwd=tmp_path, env=env)
+    runs, scored, made = {}, {}, []
+    for line in (tmp_path / "commands").read_text().splitlines():
+        line = line.removeprefix("--nproc_per_node 2 ")
+        monkeypatch.setattr(sys, "argv", line.split())
+        if sys.argv[0] == "ce_clip.py":
+            args = ce_clip.parse_args()
+            runs[args.out] = args
+        elif sys.argv[0].endswith("negatives.py"):
+            made.append(sys.argv[sys.argv.index("--out") + 1])
+        elif sys.argv[0] == "eval_bench.py":
+            args = eval_bench.parse_args()
+            assert args.blind and str(args.pairs) in made
+            scored[str(args.out)] = args.ckpt
+    base = "runs/photographs/base"
+    assert runs.pop(base).epochs == 5
+    assert len(runs) == 9 * 3
+    assert all(args.pretrained == f"{base}/epoch_5.pt" for args in runs.values())
+    for seed in "123":
+        of_seed = {f"{out}/epoch_1.pt" for out in runs if out.endswith(seed)}
+        for results in ("results", "results-old"):
+            assert set(scored[f"runs/photographs/{results}/{seed}"]) == of_seed
+    names = {Path(out).name[:-2] for out in runs} | {"base", "eq8, WiSE 0.5"}
+    assert names == set(evidence.SETTINGS)
+
+
+def write_results(folder, row, right):
+    """Three pictures: of two items, of one, of one; their decisions."""
+    folder.mkdir(parents=True)
+    lines = []
+    for picture, item in zip("aabc", right):
+        line = {"benchmark": "pairs", "row": row, "group": "relation", "picture": [picture, None]}
+        line.update(right=bool(item), blind=False, looking=1.0, gap=0.1 * item, similarity=0.5)
+        lines.append(json.dumps(line))
+    (folder / "items.jsonl").write_text("\n".join(lines))
+    content = {"pairs": {row: {"relation": {"value": 25.0 * sum(right)}}}}
+    (folder / "results.json").write_text(json.dumps({"benchmarks": content}))
+    Path(row).parent.mkdir(parents=True)
+    log = [{"threshold_relation": th, "logit_scale": scale} for th, scale in ((9, 1), (1.5, 20))]
+    Path(row).with_name("log.jsonl").write_text("\n".join(map(json.dumps, log)))
+
+
+def test_tables(tmp_path, evidence):
+    runs = {"base": [1, 1, 1, 1], "eq2-1": [0, 0, 0, 1], "eq2-2": [0, 0, 1, 1]}
+    runs |= {"eq8-1": [1, 1, 0, 1], "eq8-2": [1, 1, 1, 0]}
+    for name, right in runs.items():
+        write_results(tmp_path / "results" / name, f"{tmp_path}/{name}/epoch_1.pt", right)
+    found = evidence.read(tmp_path / "results")
+    assert {name: set(seeds) for name, seeds in found.items()} == {
+        "base": {""},
+        "eq2": {"1", "2"},
+        "eq8": {"1", "2"},
+    }
+    assert evidence.accuracies(found["base"]) == {"relation (4)": "100.0 / 0.0 / 100.0"}
+    assert evidence.accuracies(found["eq2"]) == {
+        "relation (4)": "37.5 ± 17.7 / 0.0 ± 0.0 / 100.0 ± 0.0"
+    }
+    # by picture: a +2, +2 of 2 + 2; b 0, 0 of 1 + 1; c 0, -1 of 1 + 1
+    cell = evidence.differences(found["eq8"], found["eq2"], "right")["relation"]
+    assert cell == "+37.5 [-50.0, +100.0]"
+    cell = evidence.differences(found["base"], found["eq2"], "right")["relation"]
+    assert cell == "+62.5 [+0.0, +100.0]"
+    cell = evidence.differences(found["base"], found["eq2"], "looking")["relation"]
+    assert cell == "+0.0 [+0.0, +0.0]"
+    assert evidence.untrained(found["eq8"])["gap"] == "7.5 ± 0.0"
+    assert evidence.thresholds(found["eq8"]) == {"relation": "1.5 ± 0.0 / 25 ± 0 %"}
+
+
+def test_bootstrap_is_over_pictures(evidence):
+    """100 items of one picture are one: no interval; of 100 pictures the binomial one, bold."""
+
+    def runs(pictures, right):
+        items = zip(pictures, right)
+        lines = [{"group": "relation", "picture": [p, None], "right": bool(r)} for p, r in items]
+        return {"1": {"items": {"pairs": lines, "sugarcrepe": [], "valse": []}}}
+
+    right, none = [1, 1, 1, 0] * 100, [0] * 400
+    alone = evidence.differences(runs("a" * 400, right), runs("a" * 400, none), "right")
+    assert alone["relation"] == "**+75.0 [+75.0, +75.0]**"
+    each = evidence.differences(runs(range(400), right), runs(range(400), none), "right")
+    low, high = map(float, each["relation"].strip("*").split("[")[1].strip("]").split(","))
+    spread = 1.96 * 100 * np.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == pytest.approx((75 - spread, 75 + spread), abs=0.5)
