@@ -55,8 +55,7 @@ def curves(path: Path, log: list[dict], columns: list[str]) -> None:
     figure = new_figure(8, 4)
     axes = figure.subplots()
     for column in columns:
-        if column in log[0]:
-            axes.plot([line["step"] for line in log], [line[column] for line in log], label=column)
+        axes.plot([line["step"] for line in log], [line[column] for line in log], label=column)
     axes.legend()
     figure.savefig(path)
 
@@ -81,9 +80,10 @@ def draw_runs(rows: dict[str, dict], out: Path) -> None:
         if row.endswith(".pt") and (run_folder / "config.json").exists():  # a run of ce_clip.py
             configs[row] = json.loads((run_folder / "config.json").read_text())
             log = read_lines(run_folder / "log.jsonl")
-            thresholds = [f"threshold_{kind}" for kind in KINDS]
+            thresholds = [column for column in log[0] if column.startswith("threshold_")]
             name = "-".join(run_folder.parts[-2:])
-            curves(out / f"fig5b-{name}.png", log, thresholds)
+            if thresholds:  # not for Eq. 1
+                curves(out / f"fig5b-{name}.png", log, thresholds)
             curves(out / f"fig5d-{name}.png", log, ["itc", "imc", "cmr"])
     for row, cells in rows.items():
         label = [row]  # and the settings in which the runs differ
