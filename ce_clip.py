@@ -709,7 +709,7 @@ def begin(args: argparse.Namespace, kinds: list[str], settings: dict, device: to
         loaded = loaded._replace(train_transform=loaded.eval_transform)
     # channels_last: faster convolutions of ResNets
     model = loaded.model.to(device, memory_format=torch.channels_last).train()
-    if args.lock_image:  # of a timm tower all but its projection, as open_clip
+    if args.lock_image:  # of a timm tower all but its head, as open_clip
         getattr(model.visual, "trunk", model.visual).requires_grad_(False).eval()
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -818,7 +818,7 @@ def parse_args() -> argparse.Namespace:
     add("--workers", type=at_least(0), default=4, help="loader processes [authors' code: 0]")
     add("--model", default=DEFAULT_MODEL, help="open_clip's, xvlm, or a .json [Sec. 4.1]")
     add("--pretrained", default="openai", help="open_clip tag, file, or none [Sec. 4.1]")
-    add("--lock-image", action="store_true", help="train the text tower (and a timm projection)")
+    add("--lock-image", action="store_true", help="train the text tower (and a timm tower's head)")
     add("--losses", choices=LOSSES, default=LOSSES[0], help="[Eq. 8, Table 4]")
     add("--kinds", nargs="+", choices=KINDS, default=FOUR, help="[Fig. 4; Sec. 4.4]")
     add("--alpha", type=at_least(0.0), default=0.2, help="weight of IMC, Eq. 8 [Sec. 4.1]")

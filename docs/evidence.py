@@ -53,10 +53,10 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
     return runs
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: list[float]) -> str:
     """Mean ± standard deviation over seeds."""
-    text = f"{np.mean(values):.{digits}f}"
-    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+    text = f"{np.mean(values):.1f}"
+    return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
 
 
 def of_group(runs: dict[str, dict], benchmark: str, group: str) -> dict[str, list[dict]]:
@@ -69,7 +69,7 @@ def of_group(runs: dict[str, dict], benchmark: str, group: str) -> dict[str, lis
 
 def accuracies(runs: dict[str, dict]) -> dict[str, str]:
     """Accuracy / blind accuracy / looking, in %."""
-    cells = {}
+    cells = {"seeds": str(len(runs))}
     for benchmark, group in GROUPS:
         lines = of_group(runs, benchmark, group)
         number = len(next(iter(lines.values())))
@@ -84,14 +84,14 @@ def accuracies(runs: dict[str, dict]) -> dict[str, str]:
 
 def differences(runs: dict[str, dict], others: dict[str, dict], what: str) -> dict[str, str]:
     """Of `what`, in points, between runs of one seed: mean, and its 95 % interval by a bootstrap
-    over pictures; bold if 0 is not in it."""
+    over pictures, of these runs: how seeds differ is not in it. Bold if 0 is not in it."""
     cells = {}
     for benchmark, group in GROUPS:
         lines, of_others = of_group(runs, benchmark, group), of_group(others, benchmark, group)
         of_picture = defaultdict(list)
         for seed in others:
-            mine = lines.get(seed) or lines.get("", [])  # the base has no seed
-            for line, other in zip(mine, of_others[seed]):
+            mine = lines.get(seed, lines.get(""))  # the base has no seed
+            for line, other in zip(mine, of_others[seed], strict=True) if mine else []:
                 of_picture[line["picture"][0]].append(100.0 * (line[what] - other[what]))
         if of_picture:
             sums = np.array([sum(values) for values in of_picture.values()])
@@ -104,7 +104,7 @@ def differences(runs: dict[str, dict], others: dict[str, dict], what: str) -> di
     return cells
 
 
-def untrained(runs: dict[str, dict]) -> dict[str, str]:
+def others(runs: dict[str, dict]) -> dict[str, str]:
     """Retrieval and SugarCrepe++ in %, Fig. 8's means as cosines in %."""
     cells = {}
     for benchmark, column in COLUMNS:
@@ -116,7 +116,7 @@ def untrained(runs: dict[str, dict]) -> dict[str, str]:
         lines = run["items"]["sugarcrepe_pp"]  # two of each item
         itt.append([a["right"] and b["right"] for a, b in zip(lines[::2], lines[1::2])])
     if itt[0]:
-        cells[f"ITT ({len(itt[0])})"] = spread([100 * np.mean(right) for right in itt])
+        cells[f"ITT, over {len(itt[0])} items"] = spread([100 * np.mean(right) for right in itt])
     for what in ("similarity", "gap"):
         of_seeds = [[x[what] for x in run["items"]["pairs"]] for run in runs.values()]
         cells[what] = spread([100 * np.mean(values) for values in of_seeds])
@@ -124,38 +124,30 @@ def untrained(runs: dict[str, dict]) -> dict[str, str]:
 
 
 def thresholds(runs: dict[str, dict]) -> dict[str, str]:
-    """The last one in logits / share in % of the pairs whose gap is below it."""
-    cells = {}
-    for kind in KINDS:
-        found, shares = [], []
-        for run in runs.values():
-            if f"threshold_{kind}" in run["log"]:
-                threshold, scale = run["log"][f"threshold_{kind}"], run["log"]["logit_scale"]
-                gaps = [x["gap"] for x in run["items"]["pairs"] if x["group"] == kind]
-                found.append(threshold)
-                shares.append(100 * np.mean(scale * np.array(gaps) < threshold))
-        if found:
-            cells[kind] = f"{spread(found)} / {spread(shares, 0)} %"
-    return cells
+    """Eq. 5 and 7 at the last step, in logits."""
+    logs = [run["log"] for run in runs.values()]
+    return {kind: spread([log[f"threshold_{kind}"] for log in logs]) for kind in KINDS}
 
 
 def table(title: str, rows: dict[str, dict[str, str]]) -> None:
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, texts in rows.items():
-        if texts:
-            print(f"| {name} | {' | '.join(texts.get(column, '') for column in columns)} |")
+        print(f"| {name} | {' | '.join(texts.get(column, '') for column in columns)} |")
 
 
 def main() -> None:
     runs = read(Path(sys.argv[1]))
     shown = {name: runs[folder] for folder, name in SETTINGS.items() if folder in runs}
     table("Accuracy / blind / looking", {name: accuracies(of) for name, of in shown.items()})
+    rest = {name: of for name, of in shown.items() if name != "Eq. 2"}
     for what in ("right", "blind", "looking"):
-        rows = {name: differences(of, shown["Eq. 2"], what) for name, of in shown.items()}
-        table(f"Less that of Eq. 2: {what}", {**rows, "Eq. 2": {}})
-    table("Not trained for", {name: untrained(of) for name, of in shown.items()})
-    table("Thresholds", {name: thresholds(of) for name, of in shown.items()})
+        rows = {name: differences(of, shown["Eq. 2"], what) for name, of in rest.items()}
+        table(f"Less that of Eq. 2: {what}", rows)
+    table("Retrieval, SugarCrepe++, Fig. 8", {name: others(of) for name, of in shown.items()})
+    ranked = {name: of for name, of in shown.items() if "CMR" in name or name.startswith("Eq. 8")}
+    ranked.pop("Eq. 8, half-way from the base", None)
+    table("Thresholds", {name: thresholds(of) for name, of in ranked.items()})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 import ce_clip
 import eval_bench
+from negatives import FOUR as KINDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,7 @@ def test_commands_of_evidence_sh(tmp_path, monkeypatch, evidence):
         if sys.argv[0] == "ce_clip.py":
             args = ce_clip.parse_args()
             runs[args.out] = args
-        elif sys.argv[0].endswith("negatives.py"):
+        elif "negatives" in sys.argv[0]:
             made.append(sys.argv[sys.argv.index("--out") + 1])
         elif sys.argv[0] == "eval_bench.py":
             args = eval_bench.parse_args()
@@ -59,8 +60,16 @@ def test_commands_of_evidence_sh(tmp_path, monkeypatch, evidence):
     assert all(args.pretrained == f"{base}/epoch_5.pt" for args in runs.values())
     for seed in "123":
         of_seed = {f"{out}/epoch_1.pt" for out in runs if out.endswith(seed)}
-        for results in ("results", "results-old"):
-            assert set(scored[f"runs/photographs/{results}/{seed}"]) == of_seed
+        assert set(scored[f"runs/photographs/results/{seed}"]) == of_seed
+        assert len(scored[f"runs/photographs/results-old/{seed}"]) == 3
+    settings = set()
+    for out, args in runs.items():
+        assert args.seed == int(out[-1])
+        settings.add((out[:-2], args.losses, args.upper_bound, *args.data))
+    assert len(settings) == 9 and len({setting[1:] for setting in settings}) == 9
+    assert runs["runs/photographs/eq8-old-1"].data == ["runs/photographs/old_train.jsonl"]
+    of_eq8 = [f"runs/photographs/eq8-{seed}/epoch_1.pt" for seed in "123"]
+    assert scored["runs/photographs/results/wise"] == of_eq8
     names = {Path(out).name[:-2] for out in runs} | {"base", "eq8, WiSE 0.5"}
     assert names == set(evidence.SETTINGS)
 
@@ -77,7 +86,7 @@ def write_results(folder, row, right):
     content = {"pairs": {row: {"relation": {"value": 25.0 * sum(right)}}}}
     (folder / "results.json").write_text(json.dumps({"benchmarks": content}))
     Path(row).parent.mkdir(parents=True)
-    log = [{"threshold_relation": th, "logit_scale": scale} for th, scale in ((9, 1), (1.5, 20))]
+    log = [{f"threshold_{kind}": threshold for kind in KINDS} for threshold in (9, 1.5)]
     Path(row).with_name("log.jsonl").write_text("\n".join(map(json.dumps, log)))
 
 
@@ -92,10 +101,13 @@ def test_tables(tmp_path, evidence):
         "eq2": {"1", "2"},
         "eq8": {"1", "2"},
     }
-    assert evidence.accuracies(found["base"]) == {"relation (4)": "100.0 / 0.0 / 100.0"}
-    assert evidence.accuracies(found["eq2"]) == {
-        "relation (4)": "37.5 ± 17.7 / 0.0 ± 0.0 / 100.0 ± 0.0"
+    assert evidence.accuracies(found["base"]) == {
+        "seeds": "1",
+        "relation (4)": "100.0 / 0.0 / 100.0",
     }
+    assert (
+        evidence.accuracies(found["eq2"])["relation (4)"] == "37.5 ± 17.7 / 0.0 ± 0.0 / 100.0 ± 0.0"
+    )
     # by picture: a +2, +2 of 2 + 2; b 0, 0 of 1 + 1; c 0, -1 of 1 + 1
     cell = evidence.differences(found["eq8"], found["eq2"], "right")["relation"]
     assert cell == "+37.5 [-50.0, +100.0]"
@@ -103,12 +115,12 @@ def test_tables(tmp_path, evidence):
     assert cell == "+62.5 [+0.0, +100.0]"
     cell = evidence.differences(found["base"], found["eq2"], "looking")["relation"]
     assert cell == "+0.0 [+0.0, +0.0]"
-    assert evidence.untrained(found["eq8"])["gap"] == "7.5 ± 0.0"
-    assert evidence.thresholds(found["eq8"]) == {"relation": "1.5 ± 0.0 / 25 ± 0 %"}
+    assert evidence.others(found["eq8"])["gap"] == "7.5 ± 0.0"
+    assert evidence.thresholds(found["eq8"])["action"] == "1.5 ± 0.0"
 
 
 def test_bootstrap_is_over_pictures(evidence):
-    """100 items of one picture are one: no interval; of 100 pictures the binomial one, bold."""
+    """400 items of one picture are one: no interval; of 400 pictures the binomial one."""
 
     def runs(pictures, right):
         items = zip(pictures, right)
