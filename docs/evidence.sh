@@ -10,7 +10,9 @@
 set -e
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 export OMP_NUM_THREADS=1
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000  # glibc shall keep memory: faster
+# glibc shall keep the memory that it has, in large pages: 6.3 in place of 7.5 s a step
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 DATA=data/flickr8k
 OUT=runs/photographs
 mkdir -p $OUT
