@@ -1,6 +1,9 @@
 """The tables of docs/evidence.md, from what docs/evidence.sh has left.
 
-python docs/evidence.py runs/photographs/results         # or .../results-old
+    python docs/evidence.py runs/photographs/results
+    python docs/evidence.py runs/photographs/results-old eq8
+
+Differences are those to Eq. 2, or to the runs of the setting that is named.
 """
 
 import json
@@ -140,10 +143,11 @@ def main() -> None:
     runs = read(Path(sys.argv[1]))
     shown = {name: runs[folder] for folder, name in SETTINGS.items() if folder in runs}
     table("Accuracy / blind / looking", {name: accuracies(of) for name, of in shown.items()})
-    rest = {name: of for name, of in shown.items() if name != "Eq. 2"}
+    reference = SETTINGS[sys.argv[2] if len(sys.argv) > 2 else "eq2"]
+    rest = {name: of for name, of in shown.items() if name != reference}
     for what in ("right", "blind", "looking"):
-        rows = {name: differences(of, shown["Eq. 2"], what) for name, of in rest.items()}
-        table(f"Less that of Eq. 2: {what}", rows)
+        rows = {name: differences(of, shown[reference], what) for name, of in rest.items()}
+        table(f"Less that of {reference}: {what}", rows)
     table("Retrieval, SugarCrepe++, Fig. 8", {name: others(of) for name, of in shown.items()})
     ranked = {name: of for name, of in shown.items() if "CMR" in name or name.startswith("Eq. 8")}
     ranked.pop("Eq. 8, half-way from the base", None)

@@ -84,5 +84,6 @@ for SEED in 1 2 3; do
 done
 score results/wise $NEW --base $OUT/base/epoch_5.pt --ckpt $OUT/eq8-?/epoch_1.pt --wise 0.5
 python docs/evidence.py $OUT/results
-python docs/evidence.py $OUT/results-old
+python docs/evidence.py $OUT/results eq8
+python docs/evidence.py $OUT/results-old eq8
 python figures.py --results $OUT/results/1 --out $OUT/figures
