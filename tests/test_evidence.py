@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -8,19 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import ce_clip
 import eval_bench
 from negatives import FOUR as KINDS
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
-def evidence():
-    spec = importlib.util.spec_from_file_location("evidence", ROOT / "docs" / "evidence.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("evidence")
 
 
 STUB = """#!/bin/bash
@@ -90,7 +88,7 @@ def write_results(folder, row, right):
     Path(row).with_name("log.jsonl").write_text("\n".join(map(json.dumps, log)))
 
 
-def test_tables(tmp_path, evidence):
+def test_tables(tmp_path, evidence, monkeypatch, capsys):
     runs = {"base": [1, 1, 1, 1], "eq2-1": [0, 0, 0, 1], "eq2-2": [0, 0, 1, 1]}
     runs |= {"eq8-1": [1, 1, 0, 1], "eq8-2": [1, 1, 1, 0]}
     for name, right in runs.items():
@@ -101,13 +99,10 @@ def test_tables(tmp_path, evidence):
         "eq2": {"1", "2"},
         "eq8": {"1", "2"},
     }
-    assert evidence.accuracies(found["base"]) == {
-        "seeds": "1",
-        "relation (4)": "100.0 / 0.0 / 100.0",
-    }
-    assert (
-        evidence.accuracies(found["eq2"])["relation (4)"] == "37.5 ± 17.7 / 0.0 ± 0.0 / 100.0 ± 0.0"
-    )
+    cells = evidence.accuracies(found["base"])
+    assert cells == {"seeds": "1", "relation (4)": "100.0 / 0.0 / 100.0"}
+    cell = evidence.accuracies(found["eq2"])["relation (4)"]
+    assert cell == "37.5 ± 17.7 / 0.0 ± 0.0 / 100.0 ± 0.0"
     # by picture: a +2, +2 of 2 + 2; b 0, 0 of 1 + 1; c 0, -1 of 1 + 1
     cell = evidence.differences(found["eq8"], found["eq2"], "right")["relation"]
     assert cell == "+37.5 [-50.0, +100.0]"
@@ -117,6 +112,20 @@ def test_tables(tmp_path, evidence):
     assert cell == "+0.0 [+0.0, +0.0]"
     assert evidence.others(found["eq8"])["gap"] == "7.5 ± 0.0"
     assert evidence.thresholds(found["eq8"])["action"] == "1.5 ± 0.0"
+    monkeypatch.setattr(sys, "argv", ["evidence.py", str(tmp_path / "results"), "eq8"])
+    evidence.main()
+    printed = capsys.readouterr().out
+    right = printed.split("Less that of Eq. 8: right\n")[1].split("Less that")[0]
+    rows = "| base | +25.0 [+0.0, +50.0] |\n| Eq. 2 | -37.5 [-100.0, +50.0] |"
+    assert right.strip() == f"| | relation |\n|---|---|\n{rows}"
+
+
+def test_an_itt_item_is_two_decisions(evidence):
+    lines = [{"right": right} for right in (True, False, True, True, False, False, True, True)]
+    items = {"sugarcrepe_pp": lines, "pairs": [{"similarity": 0.8, "gap": 0.1}]}
+    cells = evidence.others({"1": {"cells": {("sugarcrepe_pp", "TOT swap"): 20.0}, "items": items}})
+    expected = {"TOT swap": "20.0", "ITT, over 4 items": "50.0"}
+    assert cells == expected | {"similarity": "80.0", "gap": "10.0"}
 
 
 def test_bootstrap_is_over_pictures(evidence):
