@@ -344,9 +344,6 @@ WRONG = {
     "adaptive_threshold: previous has shape (1,), expected (2,)": lambda: adaptive_threshold(
         POS, NEG, VALID, previous=torch.zeros(1)
     ),
-    "cmr_loss: valid must be bool (True = exists), not torch.int64": lambda: cmr_loss(
-        POS, NEG, torch.zeros(2), VALID.long()
-    ),
 }
 
 
@@ -354,3 +351,15 @@ WRONG = {
 def test_wrong_shapes_are_named(message):
     with pytest.raises(ValueError, match=re.escape(message)):
         WRONG[message]()
+
+
+def test_valid_must_be_bool():
+    """Of integers torch would take ~1 = -2, which is not False."""
+    for loss in (
+        lambda valid: itc_hn_loss(SIM, SIM_NEG, valid),
+        lambda valid: imc_loss(POS, NEG, valid),
+        lambda valid: cmr_loss(POS, NEG, torch.zeros(2), valid),
+        lambda valid: adaptive_threshold(POS, NEG, valid),
+    ):
+        with pytest.raises(RuntimeError, match="boolean mask"):
+            loss(VALID.long())

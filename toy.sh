@@ -1,18 +1,18 @@
 #!/bin/bash
-# The paper's claim in minutes on a laptop's CPU: Eq. 1, Eq. 2 and Eq. 8 from one pre-trained model.
+# Compare Eq. 1, Eq. 2 and Eq. 8 from one pre-trained model, in minutes on a laptop's CPU.
 #
 #     bash toy.sh [SEED]        # world and negatives in data/toy, runs and tables in runs/toy-SEED
 set -e
 SEED=${1:-42}
 OUT=runs/toy-$SEED
-export OMP_NUM_THREADS=1  # so small a model is faster on one core, its loader on the other
+export OMP_NUM_THREADS=1  # a model this small is fastest on one core, with its loader on another
 WORLD="--data data/toy/negatives_train.jsonl --images data/toy/images --model data/toy/model.json"
 
 [ -e data/toy/captions_train.json ] || python toy.py --out data/toy
 [ -e data/toy/negatives_train.jsonl ] || python negatives.py \
     --captions data/toy/captions_train.json --out data/toy/negatives_train.jsonl --filler ngram
 
-# pre-training with Eq. 1, then the same short fine-tuning with each loss
+# Pre-train with Eq. 1, then fine-tune briefly with each loss, always with the same settings.
 TRAIN="python ce_clip.py $WORLD --batch-size 64 --workers 1 --no-augmentation --seed $SEED --resume"
 $TRAIN --pretrained none --losses itc --epochs 4 --lr 7e-4 --out $OUT/pretrained
 TUNE="$TRAIN --pretrained $OUT/pretrained/epoch_4.pt --epochs 2 --lr 2e-3"

@@ -4,7 +4,7 @@
 
 The model is a randomly initialised distilroberta-base (82 M parameters; a trained one takes as
 long), its tokenizer is trained on the captions. The pipeline runs as the authors call it, one text
-at a time, and batched; both give the 5 best words, we give the 50 best.
+at a time, and batched; both give the 5 best words, we give the 100 best.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from tokenizers.processors import RobertaProcessing
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM, pipeline
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import english
+import files
 import negatives
 
 
@@ -57,18 +59,18 @@ def main() -> None:
     p.add_argument("--captions", type=Path, required=True, help="any file negatives.py reads")
     p.add_argument("--masks", type=int, default=2048)
     args = p.parse_args()
-    captions = [r["caption"] for r in negatives.read_captions(args.captions)[: args.masks]]
+    captions = [r["caption"] for r in files.read_captions(args.captions)[: args.masks]]
     rng = random.Random(0)
     requests = []  # (words, position)
     texts = []  # the same with <mask>
-    for words in negatives.Tagger().words(captions):
-        for kind, rule in negatives.KINDS.items():
-            mask = None if rule == "swap" else negatives.choose_mask(words, kind, rng)
+    for words in english.Tagger().words(captions):
+        for kind in negatives.MASKED_KINDS:
+            mask = negatives.choose_masked_word(words, kind, rng)
             if mask and len(requests) < args.masks:
                 requests.append(mask)
                 left, position = mask
                 masked = left[position]._replace(text="<mask>")
-                texts.append(negatives.text_of([*left[:position], masked, *left[position + 1 :]]))
+                texts.append(english.text_of([*left[:position], masked, *left[position + 1 :]]))
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, captions)
         device = "cuda" if torch.cuda.is_available() else "cpu"

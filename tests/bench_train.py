@@ -5,7 +5,7 @@
 The plain step is how the authors and most forks do it: every caption, a missing negative as a
 placeholder, padded to 77 tokens, in one forward. Both run in processes of their own, for the peak
 memory; on a GPU both in bf16. `--micro-batch` measures gradient caching as well, `--images` the
-loader alone: real pictures, decoded, augmented and tokenised by --workers processes.
+loader alone: real images, decoded, augmented and tokenised by --workers processes.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ce_clip
-from ce_clip import FOUR, Encoder
+from ce_clip import Encoder
+from negatives import PAPER_KINDS
 
 
 class Plain(Encoder):
@@ -44,9 +45,9 @@ def measure(args) -> None:
     records = random.Random(0).sample(records, args.batch_size)
     torch.manual_seed(0)
     loaded = ce_clip.build_model(args.model)
-    texts = [[r["caption"], *(r[kind] or "###" for kind in FOUR)] for r in records]
+    texts = [[r["caption"], *(r[kind] or "###" for kind in PAPER_KINDS)] for r in records]
     tokens = torch.stack([loaded.tokenizer(five) for five in texts])
-    valid = torch.tensor([[r[kind] is not None for kind in FOUR] for r in records])
+    valid = torch.tensor([[r[kind] is not None for kind in PAPER_KINDS] for r in records])
     size = loaded.model.visual.image_size
     images = torch.randn(len(records), 3, *(size if isinstance(size, tuple) else (size, size)))
     images, on_device = images.to(device), valid.to(device)
@@ -55,7 +56,7 @@ def measure(args) -> None:
     encoder = kind(loaded.model.to(device).train(), device.type == "cuda", micro)
     parameters = loaded.model.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=5e-6, fused=args.way != "plain")
-    threshold = torch.zeros(len(FOUR), device=device)
+    threshold = torch.zeros(len(PAPER_KINDS), device=device)
     for step in range(args.steps + 1):
         if step == 1:  # the first one warms up
             if device.type == "cuda":
@@ -78,7 +79,7 @@ def measure(args) -> None:
 def measure_loader(args) -> None:
     """Batches of the trainer's own loader with nothing to consume them."""
     loaded = ce_clip.build_model(args.model)
-    records = ce_clip.Records(Path(args.negatives), Path(args.images), list(FOUR))
+    records = ce_clip.Records(Path(args.negatives), Path(args.images), PAPER_KINDS)
     batches = iter(
         DataLoader(
             ce_clip.Pairs(records, loaded, seed=0),
@@ -102,7 +103,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--micro-batch", type=int, default=0)
     p.add_argument("--steps", type=int, default=3)
-    p.add_argument("--images", help="picture folder: measure the loader too")
+    p.add_argument("--images", help="image folder: measure the loader too")
     p.add_argument("--workers", type=int, default=1, help="of the loader")
     p.add_argument("--way", help=argparse.SUPPRESS)
     args = p.parse_args()

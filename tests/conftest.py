@@ -1,7 +1,9 @@
 """What several test files need. Commands run from the repository root."""
 
+import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +16,12 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaske
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import ce_clip  # noqa: E402
+import files  # noqa: E402
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download, in another process
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # or here
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads but wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # in tiny models more threads only wait for each other
 torch.set_num_threads(1)
 
 
@@ -49,24 +54,118 @@ NEGATIVE = {
     "attribute": "a blue dog chases a ball",
     "action": "a red dog eats a ball",
     "object": "a red cat chases a ball",
+    "number": "two red dogs chase a ball",
+}
+
+
+TEXT = TINY["text_cfg"] | {"context_length": 24}
+POOL = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+TIMM = {"timm_model_name": "mobilenetv2_035", "timm_pool": "avg", "timm_proj": "linear"}
+MODELS = {  # what they have other than TINY
+    "tiny": {},
+    "resnet": {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}},
+    "sigmoid": {  # SigLIP; for a name with that in it, open_clip would download a tokenizer
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "text_cfg": TEXT | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    },
+    "coca": {  # with parameters that no loss of ours moves
+        "custom_text": True,
+        "vision_cfg": TINY["vision_cfg"] | POOL,
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": TEXT | {"attn_pooler_heads": 2, "mlp_ratio": 4},
+    },
+    # its batch norms have an activation within, which open_clip's freezing loses
+    "mobilenet": {"vision_cfg": TIMM | {"image_size": 32}},
+    "not_causal": {"text_cfg": TINY["text_cfg"] | {"no_causal_mask": True}},
+    "pool_last": {"text_cfg": TINY["text_cfg"] | {"pool_type": "last"}},
+    "larger": {"vision_cfg": TINY["vision_cfg"] | {"image_size": 64}},
+    "shorter": {"text_cfg": TEXT},
+    "odd": {"text_cfg": {"heads": "x"}},
 }
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with tiny.json, 24 pictures and their negatives; every third kind is missing."""
+    """A folder with configs of models, 24 images and their negatives, of which every third is
+    missing; and what a user may name by mistake."""
     folder = tmp_path_factory.mktemp("world")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
+    for name, change in MODELS.items():
+        (folder / f"{name}.json").write_text(json.dumps(TINY | change))
     lines = []
     for i in range(24):
         Image.effect_noise((40, 36), 20 + 5 * i).convert("RGB").save(folder / f"{i}.png")
-        kinds = {
-            k: None if (i + n) % 3 == 0 else f"{NEGATIVE[k]} {i}" for n, k in enumerate(NEGATIVE)
-        }
-        record = {"id": i, "image": f"{i}.png", "caption": f"a red dog chases a ball {i}", **kinds}
-        lines.append(json.dumps(record))
-    (folder / "negatives.jsonl").write_text("\n".join(lines) + "\n")
+        record = {"id": i, "image": f"{i}.png", "caption": f"a red dog chases a ball {i}"}
+        for n, kind in enumerate(NEGATIVE):
+            record[kind] = None if (i + n) % 3 == 0 else f"{NEGATIVE[kind]} {i}"
+        lines.append(json.dumps(record) + "\n")
+    (folder / "negatives.jsonl").write_text("".join(lines))
+    (folder / "empty.jsonl").touch()
+    (folder / "bare.jsonl").write_text('{"image": "1.png"}')
+    for name, content in {"open_clip": {"epoch": 1, "state_dict": {}}, "other": [1]}.items():
+        (folder / name).mkdir()
+        torch.save(content, folder / name / "epoch_1.pt")
     return folder
+
+
+def model_of(world, name="tiny", seed=0):
+    """The model of a .json in the world, with random weights."""
+    torch.manual_seed(seed)
+    return ce_clip.build_model(str(world / f"{name}.json"))
+
+
+def flat(x):
+    """Tensors as bytes, so that == compares them bit for bit."""
+    if isinstance(x, dict):
+        return {key: flat(value) for key, value in x.items()}
+    return x.numpy().tobytes() if isinstance(x, torch.Tensor) else x
+
+
+def tiny(world, out, *more):
+    """Options of a run of 6 steps, of which 3 are an epoch."""
+    options = ["--data", world / "negatives.jsonl", "--images", world, "--pretrained", "none"]
+    options += ["--model", world / "tiny.json", "--batch-size", 8, "--epochs", 2, "--lr", 1e-3]
+    options += ["--workers", 0, "--warmup", 2, "--log-every", 1, "--out", out]
+    return [*map(str, options), *(str(option).format(world) for option in more)]
+
+
+def run(args, processes=0):
+    """(exit code, output) of ce_clip.py: in this process, or under torchrun."""
+    if processes:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, "-m", *torchrun, "ce_clip.py", *args]
+        done = subprocess.run(command, stdout=-1, stderr=subprocess.STDOUT, text=True)
+        return done.returncode, done.stdout
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ce_clip.py", *args])
+        patch.setattr(sys, "stdout", output)
+        patch.setattr(sys, "stderr", output)
+        try:
+            files.run_main(ce_clip.main)
+        except SystemExit as e:
+            return 1, output.getvalue() + (e.code if isinstance(e.code, str) else "")
+    return 0, output.getvalue()
+
+
+def train(world, out, *more, processes=0):
+    """The log of a run that ends well."""
+    code, output = run(tiny(world, out, *more), processes)
+    assert code == 0, output
+    return read_log(out)
+
+
+def refused(world, out, *more):
+    """The last line of a run that does not."""
+    code, output = run(tiny(world, out, *more))
+    *before, last = output.splitlines()
+    assert (code, last[:19]) == (1, "ce_clip.py: error: ")
+    assert "Traceback" not in "".join(before)
+    return last
+
+
+def read_log(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

