@@ -1,11 +1,14 @@
 #!/bin/bash
-# The paper's ablations on the toy world: Table 4, Fig. 4, 5 and 6, an hour for two seeds on 2 cores.
+# The paper's ablations on the toy world: Table 4, Fig. 4, 5 and 6. Half an hour a seed on 2 cores.
 #
-#     bash ablate.sh [SEED]        # first toy.sh SEED; runs and figures in runs/ablate-SEED
+#     bash ablate.sh [SEED]        # runs toy.sh SEED first, if that was not done
+#
+# Runs are in runs/ablate-SEED. Tables and figures of all seeds so far are in runs/ablations.
 set -e
 SEED=${1:-42}
 TOY=runs/toy-$SEED
 OUT=runs/ablate-$SEED
+ALL=runs/ablations
 export OMP_NUM_THREADS=1
 
 [ -e $TOY/ce-clip/epoch_2.pt ] || bash toy.sh $SEED
@@ -14,10 +17,9 @@ tune() {  # a run of Eq. 8 as in toy.sh, with other flags
         --model data/toy/model.json --batch-size 64 --workers 1 --no-augmentation --seed $SEED \
         --pretrained $TOY/pretrained/epoch_4.pt --epochs 2 --lr 2e-3 --resume --out $OUT/"$@"
 }
-score() {  # a table and its figure
+score() {  # FIGURE CHECKPOINTS
     python eval_bench.py --pairs data/toy/negatives_test.jsonl --captions data/toy/captions_test.json \
-        --images data/toy/images --blind --out $OUT/results-$1 --ckpt "${@:2}"
-    python figures.py --results $OUT/results-$1 --out $OUT/figures-$1
+        --images data/toy/images --blind --out $ALL/$1/$SEED --ckpt "${@:2}"
 }
 PLAIN=$TOY/ce-clip/epoch_2.pt
 
@@ -49,9 +51,13 @@ for BETA in 0.2 0.8 1.6; do
 done
 score fig-6 $OUT/alpha-{0.1,0.4,0.8}/epoch_2.pt $OUT/beta-{0.2,0.8,1.6}/epoch_2.pt $PLAIN
 
-# beyond the paper: what keeps the cross-modal rank alone from teaching word order here?
+# beyond the paper: why does L_cmr alone not teach word order here?
 tune cmr-relation --losses itc,hn,cmr --kinds relation
 tune cmr-bound-2 --losses itc,hn,cmr --upper-bound 2
 tune cmr-threshold-5 --losses itc,hn,cmr --threshold 5
 tune hn-relation --losses itc,hn --kinds relation
 score cmr $TOY/itc-hn/epoch_2.pt $OUT/{hn-relation,cmr,cmr-relation,cmr-bound-2,cmr-threshold-5}/epoch_2.pt
+
+python docs/evidence.py $ALL/{table-4,fig-4,fig-5a,fig-5c,fig-6,cmr} --mean --csv $ALL/ablations.csv
+python figures.py --csv $ALL/ablations.csv --out $ALL/figures
+python figures.py --results $ALL/table-4/$SEED --out $ALL/figures  # Fig. 5b and 5d of these runs

@@ -99,8 +99,8 @@ def itc_hn_loss(sim: Tensor, sim_neg: Tensor, valid: Tensor) -> Tensor:
     sim_neg  (B, B, K)  S(I_i, T_jk), every image against every negative of the batch
     valid    (B, K)     bool, True = negative k of caption j exists
     returns  ()         Eq. (1) when nothing is valid or K = 0. ValueError on a shape mismatch.
-    paper: T_hn, either the pair's four or all of the batch / authors' code: all of the batch, with
-    missing ones as the text "###", and half of the sum / we: all of the batch that exist, the sum.
+    T_hn in the paper: either the pair's four or all of the batch / in the authors' code: all of the
+    batch, missing ones as the text "###", in a loss that is half of ours / here: all that exist.
     """
     B, K = len(sim), sim_neg.shape[-1]
     check("itc_hn_loss", sim=(sim, (B, B)), sim_neg=(sim_neg, (B, B, K)), valid=(valid, (B, K)))
@@ -120,9 +120,9 @@ def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
     pos       (B,)    S(I_i, T_i)
     text_neg  (B, K)  S(T_i, T_ik), captions by their own negatives
     valid     (B, K)  bool, True = exists; a caption without negatives adds 0
-    returns   ()      may be below 0, for S(I,T) is not in the denominator. CLIP, whose scale is
-                      100, starts in the tens: captions are more alike (cosine 0.9) than an image
-                      and its caption (0.3). Raises ValueError on a shape mismatch.
+    returns   ()      may be below 0, because S(I,T) is not in the denominator; CLIP starts at about
+                      60, because a negative has some 90 logits with its caption, and the image 30.
+                      Raises ValueError on a shape mismatch.
     The numerator is cross-modal: to push captions apart alone would let the text tower drift away
     from the image tower, and the paper found that unstable (Sec. 3.2).
     Differs from the authors' code, see imc_loss_released.
@@ -145,8 +145,8 @@ def cmr_loss(pos: Tensor, neg: Tensor, threshold: Tensor | float, valid: Tensor)
                        previous step (Eq. 6); no gradient flows into it
     valid      (B, K)  bool, True = exists
     returns    ()      0 when nothing is valid. Raises ValueError on a shape mismatch.
-    paper: sum over the batch / authors' code: also divides by K, and counts missing negatives, each
-    of which adds 0 / we: mean over B, sum over the kinds that exist.
+    paper: sum over the batch / authors' code: also divides by K, and missing negatives count as 0
+    in that mean / we: mean over B, sum over the kinds that exist.
     """
     B, K = neg.shape
     if not isinstance(threshold, Tensor):
@@ -174,9 +174,9 @@ def adaptive_threshold(
     upper_bound  u, in logits: 10 is a cosine of 0.10 at a scale of 100 (paper Sec. 4.4)
     previous     (K,)    what a kind absent from the whole batch keeps; zeros by default
     returns      (K,)    without gradient; may be negative. Raises ValueError on a shape mismatch.
-    Why it adapts: a curriculum (Sec. 3.2, 4.3). Early on pairs lead by little and little is asked;
-    as the lead grows, more is. Why u: swapped nouns make sentences that are wrong without a look at
-    the image, so that the lead over relation negatives, and with it what is asked, runs away.
+    Why it adapts: a curriculum (Sec. 3.2, 4.3). At first the lead is small, so little is asked.
+    Why u: a swap of nouns is often a wrong sentence, which is known without the image. Its lead and
+    with it the threshold of relation would grow without limit.
     Below 0 the negatives lead in the mean, and only pairs that are further behind add to the loss.
     paper: only an upper bound / authors' code: also clamps at 0, averages the two terms over
     different captions, restarts at 0 every epoch, and is nan for an absent kind / we: Eq. (5), (7).
@@ -253,7 +253,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """images   (b, 3, H, W)
-        tokens   (b, 1 + K, L), and valid (b, K): on the CPU, where an index costs no waiting
+        tokens   (b, 1 + K, L), and valid (b, K): on the CPU, to be indexed without a device sync
         returns  unit features of the images (b, D) and of the texts (b, 1 + K, D), 0 where a
                  negative is missing; exp(logit_scale) (); an X-VLM's matching loss (1,), else 0
         """
@@ -360,7 +360,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     model, out = loaded.model, Path(args.out)
     encoder = Encoder(model, args.precision == "bf16", args.micro_batch)
     if world_size() > 1:
-        # a CLIP uses all it trains; CoCa has a decoder, SigLIP a bias that no softmax loss moves
+        # parameters without a gradient would stop it: those of CoCa's decoder, SigLIP's bias
         unused = type(model) is not open_clip.CLIP
         encoder = DistributedDataParallel(encoder, find_unused_parameters=unused)
     # There is no loop over epochs: their batches are one stream, and a resumed run skips `start`
@@ -382,7 +382,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         image, text, valid = gather(image), gather(text), gather(valid.to(device))
         sim, sim_neg, text_neg = similarities(image, text, scale)
         loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta)  # Eq. 8
-        if "imc_released" in losses:  # in place of Eq. 3, whose weight alpha is 0 here
+        if "imc_released" in losses:  # in place of Eq. 3: "imc" is not in losses, so alpha is 0
             all_neg = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])  # (B, B, K)
             terms["imc"] = imc_loss_released(all_neg, valid)
             loss = loss + args.alpha * terms["imc"]
@@ -460,7 +460,7 @@ def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, devi
     groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=["*bias*"])
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     # Eq. 5 speaks of step t - 1, and before the first step there is none: Th^0 = 0 [authors' code]
-    threshold = torch.full((len(kinds),), args.threshold or 0.0)
+    threshold = torch.full((len(kinds),), args.threshold or 0.0)  # a fixed one, or 0
     steps_done, log_size = 0, 0
     if state:
         model.load_state_dict(state["state_dict"])
@@ -471,7 +471,7 @@ def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, devi
         (out / "config.json").write_text(json.dumps(settings, indent=1))
         log = out / "log.jsonl"
         log.touch()
-        if log.stat().st_size > log_size:  # its last lines are of steps that are done again
+        if log.stat().st_size > log_size:  # lines that were written after the saved state
             os.truncate(log, log_size)
     return loaded, optimizer, threshold.to(device), steps_done
 
@@ -567,7 +567,7 @@ def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list
 
 DEFAULT_MODEL = "ViT-B-32-quickgelu"  # [Sec. 4.1]
 
-# A model, and what a checkpoint must say of it: a name and a config cannot lose its activation.
+# A model, and what a checkpoint must say of it. The config knows its activation, QuickGELU or GELU.
 Loaded = namedtuple("Loaded", "model name config train_transform eval_transform tokenizer")
 
 

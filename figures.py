@@ -1,66 +1,100 @@
 """Draw the paper's figures from what training and evaluation left on disk.
 
     python figures.py --results results --out figures     # a folder of eval_bench.py --out
+    python figures.py --csv docs/evidence.csv --out docs/evidence  # means over seeds
     python figures.py --negatives data/toy/negatives_train.jsonl --images data/toy/images --out docs
     python figures.py --negatives FILE.jsonl --images DIR --out page.html  # to read them by eye
 
-Fig. 4, 5a, 5c, 6: means over the compositional tasks, labelled with the settings in which the runs
-differ; 5b, 5d: what each run has logged; 8, 9, 10: of the items. Fig. 2, captions with their
+Fig. 4, 5a, 5c and 6 are one plot with a panel for each task and a bar for each checkpoint. Fig.
+5b and 5d show what each run has logged, Fig. 8, 9 and 10 the items. Fig. 2, captions with their
 negatives, is FOLDER.png of the FOLDER that the .jsonl lies in: toy.png.
 """
 
 import argparse
 import base64
+import csv
 import difflib
 import html
 import io
 import json
+import math
 import random
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from ce_clip import open_image
-from negatives import KINDS, naming, run
+from files import one_line_errors, open_image, run_main
+from negatives import KINDS
 
-COMPOSITIONAL = ("aro Relation", "aro Attribution", "valse Avg 11 files", "vlc Avg")
-COMPOSITIONAL += ("sugarcrepe Avg", "pairs mean")
+TASKS = {"aro": ["Relation", "Attribution"], "valse": ["Avg 11 files"], "vlc": ["Avg"]}
+TASKS |= {"sugarcrepe": ["Avg"], "pairs": [*KINDS, "mean"]}
+ACCURACY, BLIND, LOOKING = "accuracy in %", "blind accuracy in %", "looking in %"
+COSINE = "cosine x 100"
 GREEN, RED = "#0a7d28", "#b3261e"  # true and false captions
+BLUE, DARK, ORANGE, TEAL = "#56b4e9", "#00446b", "#d55e00", "#009e73"  # all can tell them apart
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0}  # behind a number
 SAMPLES = 50_000  # of the bootstrap
 
 
-def new_figure(width: float, height: float):  # inches
-    with naming("matplotlib", "installed (pip install matplotlib)"):
+def new_figure(width: float, height: float):  # in inches of 100 pixels
+    with one_line_errors("matplotlib is not installed (pip install matplotlib)"):
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def bars(path: Path, content: dict[str, list[float]]) -> None:
-    """The mean of each name's values, with its 99 % bootstrap interval (Sec. 4.5)."""
-    figure = new_figure(8, 1 + len(content))
-    axes, rng = figure.subplots(), np.random.default_rng(0)
-    for name, values in content.items():
-        mean, values = np.mean(values), np.array(values)
-        means = [rng.choice(values, len(values)).mean() for _ in range(SAMPLES)]
-        low, high = np.quantile(means, [0.005, 0.995])
-        print(f"{path} {' '.join(name.split())}: {mean:.4f} [{low:.4f}, {high:.4f}]")
-        drawn = axes.barh(name, mean, xerr=[[mean - low], [high - mean]], ecolor="red")
-        axes.bar_label(drawn, fmt="%.4g", label_type="center", color="white")
-    axes.invert_yaxis()  # the first on top
-    figure.savefig(path)
+def save(figure, path: Path) -> None:
+    """With 256 colours: a file of a third of the size."""
+    figure.savefig(png := io.BytesIO())
+    Image.open(png).convert("RGB").quantize().save(path, optimize=True)
 
 
-def curves(path: Path, log: list[dict], columns: list[str]) -> None:
+def bars(path: Path, label: str, panels: dict, blind: dict, error="± std of several seeds") -> None:
+    """Panels side by side: {title: {name: (value, low, high)}}, where low and high are the ends of
+    an error bar. A darker bar inside shows the value of `blind`, if the title is in it."""
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    rows = math.ceil(len(panels) / 5)
+    columns = math.ceil(len(panels) / rows)
+    figure = new_figure(8, 0.8 + rows * (0.6 + 0.23 * len(names)))
+    drawn = [bar for panel in [*panels.values(), *blind.values()] for bar in panel.values()]
+    start = 40 if "%" in label and np.min(drawn) >= 40 else 0
+    for n, (title, panel) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, n + 1)
+        y = [names.index(name) for name in panel]
+        value, low, high = np.array(list(panel.values())).T
+        of_panel = axes.barh(y, value, xerr=(value - low, high - value), color=BLUE, label=label)
+        axes.bar_label(of_panel, fmt="%.1f", padding=2, fontsize=8, bbox=WHITE)
+        if title in blind:
+            value = [blind[title][name][0] for name in panel]
+            axes.barh(y, value, height=0.35, color=DARK, label="blind: with another item's image")
+        end = max(high)
+        if "%" in label:
+            axes.axvline(50, color=ORANGE, linestyle="--", label="chance: 50 %")
+            axes.set_xticks(range(start, 101, 20))
+            end = np.max(drawn)  # the panels have one scale
+        axes.set_xlim(start, end + 0.5 * (end - start))  # room for the numbers
+        axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top
+        axes.set_yticks(range(len(names)), names if n % columns == 0 else [])
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+    figure.supxlabel(f"{label}; the axis starts at {start}; error bars: {error}", fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    save(figure, path)
+
+
+def curves(path: Path, title: str, label: str, log: list[dict], columns: list[str]) -> None:
     figure = new_figure(8, 4)
     axes = figure.subplots()
-    for column in columns:
-        axes.plot([line["step"] for line in log], [line[column] for line in log], label=column)
+    for column, color in zip(columns, [DARK, ORANGE, TEAL, BLUE, "black"]):
+        values = [line[column] for line in log]
+        axes.plot([line["step"] for line in log], values, color=color, label=column)
+    axes.set(title=title, xlabel="training step", ylabel=label)
     axes.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
-def pictures(path: Path, panels: list[tuple]) -> None:
+def image_sheet(path: Path, panels: list[tuple]) -> None:
     """Ten of the panels, from all over the list: path, box or None, lines of (text, colour)."""
     figure = new_figure(16, 10)
     for n, (image, box, lines) in enumerate(panels[:: 1 + len(panels) // 10], 1):
@@ -70,65 +104,102 @@ def pictures(path: Path, panels: list[tuple]) -> None:
         axes.set_anchor("W")
         for row, (text, color) in enumerate(lines):
             axes.text(275, 25 + 45 * row, text, color=color, in_layout=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
-def draw_runs(rows: dict[str, dict], out: Path) -> None:
-    configs, means = {}, {}
-    for row in rows:
-        run_folder = Path(row).parent
-        if row.endswith(".pt") and (run_folder / "config.json").exists():  # a run of ce_clip.py
-            configs[row] = json.loads((run_folder / "config.json").read_text())
-            log = read_lines(run_folder / "log.jsonl")
+def draw_accuracies(lines: list[dict], out: Path) -> None:
+    """A plot for each figure and measure. The lines are those of docs/evidence.csv."""
+    panels = defaultdict(lambda: defaultdict(dict))  # [figure, measure][title][setting]
+    for line in lines:
+        title = f"{line['benchmark']} {line['group']}".removeprefix("pairs ").strip()
+        title = f"{title}\n({line['items']} items)"
+        mean, std = float(line["mean"]), float(line["std"] or 0)
+        place = panels[line["figure"], line["measure"]][title]
+        place[line["setting"]] = (mean, mean - std, mean + std)
+    for figure, measure in list(panels):
+        if measure in (ACCURACY, LOOKING, COSINE):
+            path = out / f"{figure}-{measure.split()[0]}.png"
+            blind = panels[figure, BLIND] if measure == ACCURACY else {}
+            bars(path, measure, panels[figure, measure], blind)
+
+
+def short(row: str) -> str:
+    """ "runs/coco/epoch_5.pt" -> "coco/epoch_5" """
+    return "/".join(Path(row).parts[-3:]).removeprefix("runs/").replace(".pt", "")
+
+
+def draw_runs(benchmarks: dict[str, dict], out: Path) -> None:
+    """Fig. 4, 5a, 5c, 6, with a bar for each checkpoint; and Fig. 5b, 5d of each run."""
+    lines = []
+    for benchmark, groups in TASKS.items():
+        for row, cells in benchmarks.get(benchmark, {}).items():
+            for group in groups:
+                cell = cells.get(group) or {}
+                line = {"figure": "fig4-5a-5c-6", "setting": short(row), "std": ""}
+                line |= {"benchmark": benchmark, "group": group, "items": cell.get("scored")}
+                for measure, name in ((ACCURACY, "value"), (BLIND, "blind"), (LOOKING, "looking")):
+                    if cell.get(name) is not None:
+                        lines.append(line | {"measure": measure, "mean": cell[name]})
+    draw_accuracies(lines, out)
+    for folder in {Path(row).parent for rows in benchmarks.values() for row in rows}:
+        if (folder / "log.jsonl").exists():  # a run of ce_clip.py
+            log = read_lines(folder / "log.jsonl")
+            run = "-".join(folder.parts[-2:])
             thresholds = [column for column in log[0] if column.startswith("threshold_")]
-            name = "-".join(run_folder.parts[-2:])
-            if thresholds:  # not for Eq. 1
-                curves(out / f"fig5b-{name}.png", log, thresholds)
-            curves(out / f"fig5d-{name}.png", log, ["itc", "imc", "cmr"])
-    for row, cells in rows.items():
-        label = [row]  # and the settings in which the runs differ
-        for name, value in configs.get(row, {}).items():
-            if name != "captions" and any(other[name] != value for other in configs.values()):
-                label.append(f"{name} {value}")
-        values = [cells[task]["value"] for task in COMPOSITIONAL if task in cells]
-        values = [value for value in values if value is not None]
-        if values:
-            means["\n".join(label)] = [np.mean(values)]
-    bars(out / "fig4-5a-5c-6.png", means)
+            if thresholds:  # a run of Eq. 1 has none
+                curves(out / f"fig5b-{run}.png", run, "threshold in logits", log, thresholds)
+            losses = ["itc", "imc", "cmr"]
+            curves(out / f"fig5d-{run}.png", run, "loss, without its weight", log, losses)
 
 
 def draw_items(items: list[dict], out: Path) -> None:
-    values, decided = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
+    """Fig. 8, and Fig. 9 and 10: items on which the checkpoints disagree."""
+    values = defaultdict(list)
+    decided = defaultdict(lambda: {"right": [], "wrong": []})
     for item in items:
-        path, box = item["picture"]
+        path, box = item["image"]
+        name, answer = short(item["row"]), "right" if item["right"] else "wrong"
         key = (path, box and tuple(box), item["positive"], item["negative"])
-        decided[key][item["row"]] = "right" if item["right"] else "wrong"
-        for what in ("similarity", "gap"):
-            values[f"fig8-{item['benchmark']}-{what}"][item["row"]].append(item[what])
-    for name, content in values.items():
-        if "aro" in name or "pairs" in name:
-            bars(out / f"{name}.png", content)
-    panels = []
+        decided[key][answer].append(name)
+        if item["benchmark"] in ("aro", "pairs"):
+            for what in ("similarity", "gap"):
+                values[item["benchmark"], what, name].append(100 * item[what])
+    figures = defaultdict(lambda: defaultdict(dict))
+    for (benchmark, what, name), numbers in values.items():
+        mean, low, high = interval(np.array(numbers))
+        print(f"{benchmark} {what} x 100, {name}: {mean:.2f} [{low:.2f}, {high:.2f}]")
+        figures[benchmark][what][name] = (mean, low, high)
+    for benchmark, panels in figures.items():
+        bars(out / f"fig8-{benchmark}.png", COSINE, panels, {}, "99 % bootstrap interval")
+    sheet = []
     for (path, box, positive, negative), rows in decided.items():
-        if len(set(rows.values())) > 1:
-            lines = [(f"{row}: {what}", "gray") for row, what in rows.items()]
-            panels.append((path, box, [(positive, GREEN), (negative, RED), *lines]))
-    pictures(out / "fig9-10.png", panels)
+        if rows["right"] and rows["wrong"]:
+            lines = [(f"{answer}: {', '.join(of)}", "gray") for answer, of in rows.items()]
+            sheet.append((path, box, [(positive, GREEN), (negative, RED), *lines]))
+    image_sheet(out / "fig9-10.png", sheet)
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The mean, and the ends of its 99 % bootstrap interval (Sec. 4.5)."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(values, len(values)).mean() for _ in range(SAMPLES)]
+    low, high = np.quantile(means, [0.005, 0.995])
+    return values.mean(), low, high
 
 
 def draw_negatives(records: list[dict], images: Path, path: Path) -> None:
-    panels = []
+    sheet = []
     for record in records:
         if record["relation"]:
             lines = [(f"{kind}: {record[kind]}", RED) for kind in KINDS if record.get(kind)]
             lines.insert(0, (record["caption"], GREEN))
-            panels.append((images / record["image"], record.get("box"), lines))
-    pictures(path, panels)
+            sheet.append((images / record["image"], record.get("box"), lines))
+    image_sheet(path, sheet)
 
 
 def write_page(records: list[dict], images: Path, path: Path, sample: int, seed: int) -> None:
-    """A page that shows by itself, for each kind, a sample of negatives: the picture, all its
-    captions (the one that was changed in green), and the negative, its new words in bold."""
+    """A page that shows, for each kind, a sample of negatives: the image, all of its captions with
+    the one that was changed in green, and the negative with its new words in bold."""
     siblings = defaultdict(list)
     for record in records:
         siblings[record["image"]].append(record["caption"])
@@ -152,7 +223,7 @@ def write_page(records: list[dict], images: Path, path: Path, sample: int, seed:
 
 
 def marked(caption: str, negative: str) -> str:
-    """The negative as HTML, the words that the caption does not have there in bold."""
+    """The negative as HTML; the words that the caption does not have there are bold."""
     old, new = caption.split(), negative.split()
     shown = []
     for what, _, _, start, end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
@@ -168,8 +239,9 @@ def read_lines(path: Path) -> list[dict]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--results", type=Path, help="folder that eval_bench.py --out wrote")
+    p.add_argument("--csv", type=Path, help="a table of docs/evidence.py")
     p.add_argument("--negatives", type=Path, help="a .jsonl of negatives.py")
-    p.add_argument("--images", type=Path, default=".", help="picture folder of --negatives")
+    p.add_argument("--images", type=Path, default=".", help="image folder of --negatives")
     p.add_argument("--out", type=Path, required=True, help="folder, or a page.html of --negatives")
     p.add_argument("--sample", type=int, default=20, help="negatives of a kind on the page")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -179,9 +251,12 @@ def main() -> None:
         write_page(records, args.images, args.out, args.sample, args.seed)
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.csv:
+        with args.csv.open() as file:
+            draw_accuracies(list(csv.DictReader(file)), args.out)
     if args.results:
-        results = json.loads((args.results / "results.json").read_text())
-        draw_runs(results["benchmarks"]["table_5"], args.out)
+        benchmarks = json.loads((args.results / "results.json").read_text())["benchmarks"]
+        draw_runs(benchmarks, args.out)
         draw_items(read_lines(args.results / "items.jsonl"), args.out)
     if args.negatives:
         path = args.out / f"{args.negatives.resolve().parent.name}.png"
@@ -189,4 +264,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

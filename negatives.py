@@ -31,13 +31,13 @@ import files
 
 # The kinds that mask a word, with its part of speech as spaCy names it. To add one, add it here:
 # nothing else must change. (Only objects and numbers have rules of their own, in choose_masked_word
-# and acceptable.) A second kind of swap would need a function like noun_swaps, and the lines of
-# make_negatives that are about swaps once more.
+# and acceptable.) A second kind of swap would need an entry in KINDS, a function like noun_swaps,
+# and those lines of make_negatives again that collect `swaps`, ask the filler, and choose one.
 MASKED_KINDS = {"attribute": "ADJ", "action": "VERB", "object": "NOUN", "number": "NUM"}
 KINDS = ["relation", *MASKED_KINDS]  # all that are made; Sec. 4.4 names numbers as a further kind
 PAPER_KINDS = ["relation", "attribute", "action", "object"]  # T_hn in Sec. 3.2; training's default
-CANDIDATES = 100  # words that a filler proposes for a mask; with few, negatives are told by them
-FALLBACK_WEIGHT = 1e-3  # of words that are to be drawn only if hardly any other word passes
+CANDIDATES = 100  # words that a filler proposes for a mask; if few, they give negatives away
+FALLBACK_WEIGHT = 1e-3  # a thousandth: such words are drawn where hardly any other passes
 MASK_BATCH = 128  # masked captions in one forward pass
 CHUNK = 1024  # captions that are tagged, filled and saved together: a chunk has so many, or more
 Words = list[english.Word]  # a tagged caption
@@ -144,10 +144,11 @@ def acceptable(
     """The proposed words that make the caption false in the place of `old`: lower case -> weight.
 
     None of a word's lemmas is among `true_words`, and CONTRAST has it in the same groups as `old`:
-    a colour gives way to a colour, and to nothing else. For objects the groups are SORTS, and words
-    of another sort keep only little of their weight: a person gives way to a person first.
+    a colour gives way to a colour only, a word of no group to words of no group. For objects the
+    groups are SORTS, and words of another sort pass with little weight: a person gives way to a
+    person first.
     """
-    if kind == "number":  # there are so few that we propose them all
+    if kind == "number":  # there are so few that all have a weight, if only a small one
         proposed = dict.fromkeys(english.NUMBERS, FALLBACK_WEIGHT) | proposed
     old_groups = english.groups_of(tagger.lemmas(old), kind)
     passed = Counter()
@@ -280,9 +281,9 @@ def make_negatives(
 ) -> list[dict]:
     """A record for each caption, with its kinds of negative and why some are missing.
 
-    `captions` must hold all captions of an image. The draws are seeded by `seed` and the caption's
-    id; but which words pass depends on the other captions, too: those of the image say what is
-    true, and all of them say which fine tags a word has.
+    `captions` must hold all captions of an image that stand side by side. The draws are seeded by
+    `seed` and the caption's id; but which words pass depends on the other captions, too: those of
+    the image say what is true, and all of them say which fine tags a word has.
     """
     tagged = list(tagger.words(caption["caption"] for caption in captions))
     siblings, true_words, fine_tags = what_captions_say(captions, tagged, tagger)
@@ -315,7 +316,8 @@ def make_negatives(
     for record, kind, place, _ in blanks:
         old = place.words[place.position]
         passed = acceptable(place.proposed, old.text, kind, true_words[record["image"]], tagger)
-        # a word that never has the old tag in these captions would fail in fill_in: most words do
+        # Words that stand in these captions with other tags only are dropped here: most of them
+        # would fail in fill_in. Words that do not stand in them pass.
         place.proposed = {w: passed[w] for w in passed if old.tag in fine_tags.get(w, [old.tag])}
     fill_in(blanks, tagger)
     for record in records:

@@ -1,13 +1,16 @@
-"""The tables of docs/evidence.md, from what docs/evidence.sh has left.
+"""The tables of docs/evidence.md and docs/ablations.md, from what evidence.sh and ablate.sh left.
 
-    python docs/evidence.py runs/photographs/results
-    python docs/evidence.py runs/photographs/results-old eq8
+    python docs/evidence.py runs/photographs/terms --csv evidence.csv
+    python docs/evidence.py runs/photographs/terms --less eq8    # differences to the runs of Eq. 8
+    python docs/evidence.py docs/ablations.csv                   # the tables of such a CSV
 
-Differences are those to Eq. 2, or to the runs of the setting that is named.
+A folder holds what eval_bench.py --blind wrote, in a folder for each seed. A line of the CSV is one
+number: its mean and standard deviation over seeds, and what each seed has.
 """
 
+import argparse
+import csv
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,89 +19,168 @@ import numpy as np
 SETTINGS = {  # folder of a run, without its seed
     "base": "base",
     "eq1": "Eq. 1",
+    "itc": "Eq. 1",
     "eq2": "Eq. 2",
+    "itc-hn": "Eq. 2",
     "imc": "Eq. 2 + IMC",
     "cmr": "Eq. 2 + CMR",
     "eq8": "Eq. 8",
+    "ce-clip": "Eq. 8",
     "imc-released": "Eq. 8, IMC as released",
+    "relation": "Eq. 8, relation only",
+    "attribute": "Eq. 8, attribute only",
+    "action": "Eq. 8, action only",
+    "object": "Eq. 8, object only",
+    "threshold-2": "Eq. 8, threshold 2",
+    "threshold-5": "Eq. 8, threshold 5",
+    "threshold-10": "Eq. 8, threshold 10",
+    "bound-1": "Eq. 8, u = 1",
+    "bound-2": "Eq. 8, u = 2",
+    "bound-5": "Eq. 8, u = 5",
+    "bound-20": "Eq. 8, u = 20",
+    "alpha-0.1": "Eq. 8, alpha 0.1",
+    "alpha-0.4": "Eq. 8, alpha 0.4",
+    "alpha-0.8": "Eq. 8, alpha 0.8",
+    "beta-0.2": "Eq. 8, beta 0.2",
+    "beta-0.8": "Eq. 8, beta 0.8",
+    "beta-1.6": "Eq. 8, beta 1.6",
+    "hn-relation": "Eq. 2, relation only",
+    "cmr-relation": "Eq. 2 + CMR, relation only",
     "cmr-bound-2": "Eq. 2 + CMR, u = 2",
     "eq8-bound-2": "Eq. 8, u = 2",
+    "cmr-threshold-5": "Eq. 2 + CMR, threshold 5",
     "eq8-old": "Eq. 8, old negatives",
     "eq8, WiSE 0.5": "Eq. 8, half-way from the base",
 }
 KINDS = ["relation", "attribute", "action", "object"]
 GROUPS = [("pairs", kind) for kind in [*KINDS, "number"]]
 GROUPS += [("sugarcrepe", ""), ("valse", "")]  # all of their items
-COLUMNS = [("captions", f"{way} R@{k}") for way in ("I2T", "T2I") for k in (1, 5, 10)]
-COLUMNS += [("sugarcrepe_pp", "TOT replace"), ("sugarcrepe_pp", "TOT swap")]
+CELLS = [("captions", f"{way} R@{k}", "recall in %") for way in ("I2T", "T2I") for k in (1, 5, 10)]
+CELLS += [("sugarcrepe_pp", f"TOT {way}", "TOT and ITT in %") for way in ("replace", "swap")]
+DECISIONS = {"right": "accuracy in %", "blind": "blind accuracy in %", "looking": "looking in %"}
 SAMPLES = 10_000  # of the bootstrap
 
 
 def read(folder: Path) -> dict[str, dict[str, dict]]:
-    """runs[folder of a run, without its seed][seed]: {"cells": {(benchmark, column): value},
-    "items": {benchmark: lines of items.jsonl}, "log": the last line of the run's log}"""
-    rows = defaultdict(lambda: {"cells": {}, "items": defaultdict(list)})
+    """runs[name of a setting][seed]: {"cells": {(benchmark, column): a cell of results.json},
+    "items": {benchmark: lines of items.jsonl}, "log": the last line of a run's log with L_cmr}"""
+    rows = defaultdict(lambda: {"cells": {}, "items": defaultdict(list), "log": {}})
     for path in sorted(folder.glob("*/results.json")):
-        for benchmark, found in json.loads(path.read_text())["benchmarks"].items():
-            for row, columns in found.items():
+        for benchmark, tables in json.loads(path.read_text())["benchmarks"].items():
+            for row, columns in tables.items():
                 for column, cell in columns.items():
-                    rows[row]["cells"][benchmark, column] = cell["value"]
+                    rows[row]["cells"][benchmark, column] = cell
         with path.with_name("items.jsonl").open() as file:
             for line in map(json.loads, file):
                 rows[line["row"]]["items"][line["benchmark"]].append(line)
     runs = defaultdict(dict)
     for row, run in rows.items():  # runs/photographs/eq8-2/epoch_1.pt, WiSE 0.5
-        path, *wise = row.split(", ")
-        run["log"] = json.loads(Path(path).with_name("log.jsonl").read_text().splitlines()[-1])
-        name = Path(path).parent.name
-        name, seed = name.rsplit("-", 1) if "-" in name else (name, "")
-        runs[", ".join([name, *wise])][seed] = run
-    return runs
+        path, comma, wise = row.partition(", ")
+        run_folder = Path(path).parent
+        config = json.loads((run_folder / "config.json").read_text())
+        if "cmr" in config["losses"] and not wise:
+            run["log"] = json.loads((run_folder / "log.jsonl").read_text().splitlines()[-1])
+        name = run_folder.name.removesuffix(f"-{config['seed']}") + comma + wise
+        runs[name]["base" if name == "base" else config["seed"]] = run
+    return {SETTINGS.get(name, name): runs[name] for name in sorted(runs, key=order)}
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds."""
-    text = f"{np.mean(values):.1f}"
-    return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
+def order(name: str) -> int:
+    return list(SETTINGS).index(name) if name in SETTINGS else len(SETTINGS)
 
 
-def of_group(runs: dict[str, dict], benchmark: str, group: str) -> dict[str, list[dict]]:
-    """{seed: lines of the group, or of all groups}"""
-    lines = {}
-    for seed, run in runs.items():
-        lines[seed] = [x for x in run["items"][benchmark] if group in ("", x["group"])]
+def of_group(run: dict, benchmark: str, group: str) -> list[dict]:
+    """The decisions of a group, or of all groups."""
+    return [line for line in run["items"][benchmark] if group in ("", line["group"])]
+
+
+def measured(run: dict, with_mean: bool) -> dict[tuple, float]:
+    """{(benchmark, group, items, measure): value} of one run."""
+    values = {}
+    for benchmark, group in GROUPS:
+        lines = of_group(run, benchmark, group)
+        for what, measure in DECISIONS.items():
+            if lines:
+                place = (benchmark, group, len(lines), measure)
+                values[place] = 100 * np.mean([line[what] for line in lines])
+    cells = run["cells"]
+    if with_mean:
+        cell = cells["pairs", "mean"]
+        group = f"mean of {len({line['group'] for line in run['items']['pairs']})} kinds"
+        for what, measure in zip(("value", "blind", "looking"), DECISIONS.values()):
+            values["pairs", group, cell["scored"], measure] = cell[what]
+    for benchmark, column, measure in CELLS:
+        cell = cells.get((benchmark, column))
+        if cell and cell["value"] is not None:
+            values[benchmark, column, cell["scored"], measure] = cell["value"]
+    lines = run["items"]["sugarcrepe_pp"]  # two of each item
+    if lines:
+        both = [a["right"] and b["right"] for a, b in zip(lines[::2], lines[1::2])]
+        values["sugarcrepe_pp", "ITT", len(both), "TOT and ITT in %"] = 100 * np.mean(both)
+    lines = run["items"]["pairs"]
+    for what in ("similarity", "gap"):  # Fig. 8
+        place = ("pairs", what, len(lines), "cosine x 100")
+        values[place] = 100 * np.mean([line[what] for line in lines])
+    for kind in KINDS:  # Eq. 5 and 7 at the last step
+        if f"threshold_{kind}" in run["log"]:
+            values["log", kind, "", "threshold in logits"] = run["log"][f"threshold_{kind}"]
+    return values
+
+
+def csv_lines(figure: str, runs: dict[str, dict], with_mean: bool) -> list[dict]:
+    lines = []
+    for setting, of_seeds in runs.items():
+        values = defaultdict(list)
+        for run in of_seeds.values():
+            for place, value in measured(run, with_mean).items():
+                values[place].append(value)
+        for (benchmark, group, items, measure), numbers in values.items():
+            line = {"figure": figure, "setting": setting, "seeds": len(numbers)}
+            line |= {"benchmark": benchmark, "group": group, "items": items, "measure": measure}
+            line |= {"mean": f"{np.mean(numbers):.1f}", "std": ""}
+            if len(numbers) > 1:
+                line["std"] = f"{np.std(numbers, ddof=1):.1f}"
+            lines.append(line | {"values": " ".join(f"{number:.1f}" for number in numbers)})
     return lines
 
 
-def accuracies(runs: dict[str, dict]) -> dict[str, str]:
-    """Accuracy / blind accuracy / looking, in %."""
-    cells = {"seeds": str(len(runs))}
-    for benchmark, group in GROUPS:
-        lines = of_group(runs, benchmark, group)
-        number = len(next(iter(lines.values())))
-        if number:
-            texts = []
-            for what in ("right", "blind", "looking"):
-                values = [100 * np.mean([x[what] for x in seed]) for seed in lines.values()]
-                texts.append(spread(values))
-            cells[f"{group or benchmark} ({number})"] = " / ".join(texts)
-    return cells
+def print_tables(lines: list[dict]) -> None:
+    """A table for each measure: a row for each setting, a column for each group of items."""
+    tables = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        column = line["group"] or line["benchmark"]
+        if line["items"]:
+            column = f"{column} ({line['items']})"
+        text = line["mean"] + (f" ± {line['std']}" if line["std"] else "")
+        tables[line["measure"]][line["setting"]] |= {"seeds": line["seeds"], column: text}
+    for measure, rows in tables.items():
+        print_table(measure, rows)
 
 
-def differences(runs: dict[str, dict], others: dict[str, dict], what: str) -> dict[str, str]:
-    """Of `what`, in points, between runs of one seed: mean, and its 95 % interval by a bootstrap
-    over pictures, of these runs: how seeds differ is not in it. Bold if 0 is not in it."""
+def print_table(title: str, rows: dict[str, dict[str, str]]) -> None:
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(str(cells.get(column, '')) for column in columns)} |")
+
+
+def difference(runs: dict[str, dict], others: dict[str, dict], what: str) -> dict[str, str]:
+    """The mean difference of `what`, in points, between runs of one seed, and its 95 % interval by
+    a bootstrap over images. The interval does not contain how seeds differ. Bold: 0 is outside."""
     cells = {}
     for benchmark, group in GROUPS:
-        lines, of_others = of_group(runs, benchmark, group), of_group(others, benchmark, group)
-        of_picture = defaultdict(list)
+        of_image = defaultdict(list)
         for seed in others:
-            mine = lines.get(seed, lines.get(""))  # the base has no seed
-            for line, other in zip(mine, of_others[seed], strict=True) if mine else []:
-                of_picture[line["picture"][0]].append(100.0 * (line[what] - other[what]))
-        if of_picture:
-            sums = np.array([sum(values) for values in of_picture.values()])
-            counts = np.array([len(values) for values in of_picture.values()])
+            run = runs.get(seed, runs.get("base"))  # the base is compared with each seed
+            if run:
+                pairs = zip(
+                    of_group(run, benchmark, group), of_group(others[seed], benchmark, group)
+                )
+                for line, other in pairs:
+                    of_image[line["image"][0]].append(100.0 * (line[what] - other[what]))
+        if of_image:
+            sums = np.array([sum(values) for values in of_image.values()])
+            counts = np.array([len(values) for values in of_image.values()])
             even = np.ones(len(sums)) / len(sums)
             drawn = np.random.default_rng(0).multinomial(len(sums), even, SAMPLES)
             low, high = np.quantile(drawn @ sums / (drawn @ counts), [0.025, 0.975])
@@ -107,51 +189,33 @@ def differences(runs: dict[str, dict], others: dict[str, dict], what: str) -> di
     return cells
 
 
-def others(runs: dict[str, dict]) -> dict[str, str]:
-    """Retrieval and SugarCrepe++ in %, Fig. 8's means as cosines in %."""
-    cells = {}
-    for benchmark, column in COLUMNS:
-        values = [run["cells"].get((benchmark, column)) for run in runs.values()]
-        if None not in values:
-            cells[column] = spread(values)
-    itt = []
-    for run in runs.values():
-        lines = run["items"]["sugarcrepe_pp"]  # two of each item
-        itt.append([a["right"] and b["right"] for a, b in zip(lines[::2], lines[1::2])])
-    if itt[0]:
-        cells[f"ITT, over {len(itt[0])} items"] = spread([100 * np.mean(right) for right in itt])
-    for what in ("similarity", "gap"):
-        of_seeds = [[x[what] for x in run["items"]["pairs"]] for run in runs.values()]
-        cells[what] = spread([100 * np.mean(values) for values in of_seeds])
-    return cells
-
-
-def thresholds(runs: dict[str, dict]) -> dict[str, str]:
-    """Eq. 5 and 7 at the last step, in logits."""
-    logs = [run["log"] for run in runs.values()]
-    return {kind: spread([log[f"threshold_{kind}"] for log in logs]) for kind in KINDS}
-
-
-def table(title: str, rows: dict[str, dict[str, str]]) -> None:
-    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name, texts in rows.items():
-        print(f"| {name} | {' | '.join(texts.get(column, '') for column in columns)} |")
-
-
 def main() -> None:
-    runs = read(Path(sys.argv[1]))
-    shown = {name: runs[folder] for folder, name in SETTINGS.items() if folder in runs}
-    table("Accuracy / blind / looking", {name: accuracies(of) for name, of in shown.items()})
-    reference = SETTINGS[sys.argv[2] if len(sys.argv) > 2 else "eq2"]
-    rest = {name: of for name, of in shown.items() if name != reference}
-    for what in ("right", "blind", "looking"):
-        rows = {name: differences(of, shown[reference], what) for name, of in rest.items()}
-        table(f"Less that of {reference}: {what}", rows)
-    table("Retrieval, SugarCrepe++, Fig. 8", {name: others(of) for name, of in shown.items()})
-    ranked = {name: of for name, of in shown.items() if "CMR" in name or name.startswith("Eq. 8")}
-    ranked.pop("Eq. 8, half-way from the base", None)
-    table("Thresholds", {name: thresholds(of) for name, of in ranked.items()})
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("paths", type=Path, nargs="+", help="folders of results, or CSVs of this script")
+    p.add_argument("--csv", type=Path, help="write the numbers of the folders here")
+    p.add_argument("--less", help="print differences to this setting: eq2, eq8 ...")
+    p.add_argument("--mean", action="store_true", help="also the mean over all kinds of --pairs")
+    args = p.parse_args()
+    lines = []
+    for path in args.paths:
+        if path.suffix == ".csv":
+            with path.open() as file:
+                lines += csv.DictReader(file)
+        else:
+            runs = read(path)
+            lines += csv_lines(path.name, runs, args.mean)
+            for what, measure in DECISIONS.items():
+                if args.less:
+                    less = SETTINGS[args.less]
+                    rest = {name: of for name, of in runs.items() if name != less}
+                    rows = {name: difference(of, runs[less], what) for name, of in rest.items()}
+                    print_table(f"{path.name}: {measure}, less that of {less}", rows)
+    print_tables(lines)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 #
 #     bash docs/evidence.sh      # from the repository's folder; goes on where it was stopped
 #
-# Needs data/flickr8k: images/, captions_train.json, captions_dev.json (COCO's layout, the official
-# splits); data/mobilenetv1_100.pt: ImageNet weights by timm's names, without the classifier (ours:
-# Google's, whose mean and std are 0.5); matplotlib. SugarCrepe, SugarCrepe++ and VALSE are scored as
-# far as they lie in data/, see docs/benchmarks.md.
+# It needs matplotlib, and these files:
+# - data/flickr8k: images/, captions_train.json and captions_dev.json (COCO's layout, official splits)
+# - data/mobilenetv1_100.pt: ImageNet weights with timm's names, without the classifier. Ours were
+#   Google's, for which the mean and the std of the pixels are 0.5.
+# SugarCrepe, SugarCrepe++ and VALSE are scored if they lie in data/ (see docs/benchmarks.md).
 set -e
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 export OMP_NUM_THREADS=1
-# glibc shall keep the memory that it has, in large pages: 6.3 in place of 7.5 s a step
+# glibc keeps the memory that it has, in large pages: a step takes 6.3 s, otherwise 7.5 s
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 DATA=data/flickr8k
@@ -35,7 +36,7 @@ loaded.model.visual.trunk.load_state_dict(weights)
 ce_clip.save_checkpoint(pathlib.Path("$OUT/start.pt"), loaded)
 END
 
-# negatives of today, and of the generator before its rules for number, sort and plausibility
+# negatives of today's generator, and of the one before its rules for number, sort and plausibility
 git show 056ced49:negatives.py > $OUT/negatives_old.py
 for SPLIT in train dev; do
     [ -e $OUT/new_$SPLIT.jsonl ] || python negatives.py --filler ngram \
@@ -44,13 +45,13 @@ for SPLIT in train dev; do
         --captions $DATA/captions_$SPLIT.json --out $OUT/old_$SPLIT.jsonl
 done
 
-# the base: Eq. 1 on a tower that knows pictures, and a text tower that knows nothing
+# the base: five epochs of Eq. 1; its image tower is pre-trained, its text tower starts at random
 TRAIN="ce_clip.py --data $OUT/new_train.jsonl --images $DATA/images --lock-image"
 TRAIN="$TRAIN --batch-size 256 --precision bf16 --workers 0 --resume"
 torchrun --nproc_per_node 2 $TRAIN --pretrained $OUT/start.pt --losses itc --lr 1e-3 --epochs 5 \
     --out $OUT/base
 
-tune() {  # NAME FLAGS: an epoch from the base, three seeds at a time
+tune() {  # NAME FLAGS: one epoch from the base, three seeds at a time
     JOBS=
     for SEED in 1 2 3; do
         python $TRAIN --pretrained $OUT/base/epoch_5.pt --lr 1e-3 --warmup 20 --epochs 1 \
@@ -78,12 +79,12 @@ score() {  # FOLDER FLAGS
 NEW="--pairs $OUT/new_dev.jsonl --captions $DATA/captions_dev.json"
 NEW="$NEW --bench sugarcrepe sugarcrepe_pp valse"
 for SEED in 1 2 3; do
-    score results/$SEED $NEW --ckpt $OUT/*-$SEED/epoch_1.pt
-    score results-old/$SEED --pairs $OUT/old_dev.jsonl \
+    score terms/$SEED $NEW --ckpt $OUT/*-$SEED/epoch_1.pt
+    score old-negatives/$SEED --pairs $OUT/old_dev.jsonl \
         --ckpt $OUT/{eq2,eq8,eq8-old}-$SEED/epoch_1.pt
 done
-score results/wise $NEW --base $OUT/base/epoch_5.pt --ckpt $OUT/eq8-?/epoch_1.pt --wise 0.5
-python docs/evidence.py $OUT/results
-python docs/evidence.py $OUT/results eq8
-python docs/evidence.py $OUT/results-old eq8
-python figures.py --results $OUT/results/1 --out $OUT/figures
+score terms/wise $NEW --base $OUT/base/epoch_5.pt --ckpt $OUT/eq8-?/epoch_1.pt --wise 0.5
+python docs/evidence.py $OUT/{terms,old-negatives} --less eq2 --csv $OUT/evidence.csv
+python docs/evidence.py $OUT/{terms,old-negatives} --less eq8
+python figures.py --csv $OUT/evidence.csv --out $OUT/figures
+python figures.py --results $OUT/terms/1 --out $OUT/figures

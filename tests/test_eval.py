@@ -224,6 +224,7 @@ def test_retrieval_by_hand(tmp_path):
 
 
 def test_map_11_point_by_hand():
+    pytest.importorskip("sklearn")  # clip-benchmark brings it
     scores = tensor([[0.5, 0.2, 0.3], [0.1, 0.3, 0.6], [0.3, 0.2, 0.5], [0.4, 0.1, 0.5]])
     target = tensor([0, 1, 1, 0])
     # class 1: precision 1 at recall 1/2, 2/3 at recall 1 (.2 is a tie): 6 levels of 1, 5 of 2/3
