@@ -144,15 +144,15 @@ def groups_of(lemmas: frozenset[str], kind: str) -> list[int]:
 SEVERAL = set("several many few both these those numerous multiple various some all dozen".split())
 
 PHRASES = word_groups("""
-hot dog, french fry, stainless steel, fire hydrant, polar bear, teddy bear, stuffed animal, close up
-double decker, double deck, living room, dining room, flat screen, remote control, traffic light
-stop sign, parking lot, parking meter, cell phone, high chair, ice cream, ski slope, grizzly bear
-brown bear, black bear, bowling ball, ping pong, christmas tree, ferris wheel, swimming pool
-washing machine, running shoe, sea gull, cutting board, baseball bat, tennis racket, wine glass
-palm tree, chain link, fast food, orange juice, green bean, sweet potato, red sox, white house
-big ben, old fashioned, black and, and white, full length, high rise, high school, real estate
-little league
+stainless steel, washing machine, stuffed animal, remote control, christmas tree, double decker
+traffic light, parking meter, swimming pool, cutting board, tennis racket, old fashioned, french fry
+little league, fire hydrant, grizzly bear, bowling ball, ferris wheel, running shoe, baseball bat
+orange juice, sweet potato, double deck, living room, dining room, flat screen, parking lot, hot dog
+white house, full length, high school, real estate, polar bear, teddy bear, cell phone, high chair
+brown bear, black bear, wine glass, chain link, green bean, stop sign, ice cream, ski slope, red sox
+ping pong, palm tree, fast food, black and, and white, high rise, close up, sea gull, big ben
 """)
+PHRASES = set(PHRASES)
 NEGATIONS = set("no not n't without never nothing nobody none neither nor".split())
 QUANTITIES = set("couple group bunch lot pair row number set variety kind type sort".split())
 QUANTITIES.update("piece bit assortment".split())

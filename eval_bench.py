@@ -188,8 +188,7 @@ def add_blind_and_looking(scorer: Scorer, items: list[Item], lines, cells, itm: 
     """Two controls that are not the paper's: each item is also scored with another item's image.
     Blind is the accuracy with it: what a model gets right with a wrong image, it knows from the
     texts alone. Looking is the percentage of items whose positive leads the negative by more with
-    their own image than with the other one; a tie counts half. A model that ignores images has 50,
-    because both leads are equal."""
+    their own image than with the other one; a tie counts half, so ignoring the image gives 50."""
     scored = [item for item in items if item.image in scorer.images]
     swapped = Log()
     blind = accuracies(scorer, with_other_images(scored), swapped, itm)

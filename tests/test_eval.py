@@ -479,6 +479,8 @@ def test_zero_shot_by_hand(place, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(score, capsys, options, message):
+    if "--bench zeroshot" in options:
+        pytest.importorskip("clip_benchmark")
     save(Path("bad.png"), "no image")
     save(Path("image.jsonl"), '{"image": "bad.png", "caption": "a cat", "object": "a dog"}')
     save(Path("bad.jsonl"), '{"image": "a", "caption": "a"}\n{"object": "a"}')
