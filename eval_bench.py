@@ -275,7 +275,7 @@ VALSE_FOLDERS = {  # by the start of an image's name; the first that fits
 
 def valse(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     """arXiv 2112.07566, Table 1. Items whose caption at least 2 of 3 annotators found right. The
-    paper averages over 11 files (72.5 for CE-CLIP), but for CE-CLIP+ over 9 columns (76.7)."""
+    paper averages over 11 files (72.5 for CE-CLIP), and for CE-CLIP+ over 9 columns (76.7)."""
     items = []
     names = [name for of_column in VALSE.values() for name in of_column]
     for name in names:
