@@ -23,7 +23,6 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.model import get_model_preprocess_cfg
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -361,7 +360,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     encoder = Encoder(model, args.precision == "bf16", args.micro_batch)
     if world_size() > 1:
         # parameters without a gradient would stop it: those of CoCa's decoder, SigLIP's bias
-        unused = type(model) is not open_clip.CLIP
+        unused = type(model) is not open_clip.CLIP or model.logit_bias is not None
         encoder = DistributedDataParallel(encoder, find_unused_parameters=unused)
     # There is no loop over epochs: their batches are one stream, and a resumed run skips `start`
     keys = batch_keys(len(records), args.batch_size, args.epochs, args.seed)
@@ -371,6 +370,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
+    same, was_said = 0, False  # how many negatives have had the same tokens as their caption
     bar = tqdm(batches, str(out), total, initial=start, unit="step", disable=rank() > 0)
     for step, (images, tokens, valid) in enumerate(bar, start + 1):
         lr = args.lr * lr_factor(step - 1, args.warmup, total)
@@ -397,6 +397,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             pos, neg = own_pairs(sim, sim_neg)  # Eq. 5 and 7
             next_threshold = adaptive_threshold(pos, neg, valid, args.upper_bound, threshold)
 
+        same += same_tokens(tokens).sum().item()
         epoch_ends = step % epoch_steps == 0
         save = epoch_ends or step % args.save_every == 0
         if save or step % args.log_every == 0:  # to print a value, one must wait for the device
@@ -405,14 +406,21 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 line[name] = value.item()
             for kind, value in zip(kinds, threshold):  # the thresholds that this step has used
                 line[f"threshold_{kind}"] = value.item()
+            line["same_tokens"] = gather(torch.tensor([same], device=device)).sum().item()
             write_log(out / "log.jsonl", line)
+            if line["same_tokens"] and not was_said:
+                was_said = True
+                files.say(
+                    f"{line['same_tokens']} negatives so far have the tokens of their caption, "
+                    "which is too long: they count as missing (log.jsonl: same_tokens)"
+                )
             bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         threshold = next_threshold
         if save and rank() == 0:
             name = f"epoch_{step // epoch_steps}.pt" if epoch_ends else "last.pt"
             state = {"step": step, "threshold": threshold, "optimizer": optimizer.state_dict()}
             state.update(settings=settings, log=(out / "log.jsonl").stat().st_size)
-            save_checkpoint(out / name, loaded, **state)
+            files.save_checkpoint(out / name, loaded, **state)
 
 
 def lr_factor(step: int, warmup: int, total: int) -> float:
@@ -505,36 +513,14 @@ def load_records(args: argparse.Namespace, kinds: list[str]) -> ConcatDataset:
                 negatives.generate(captions, file)
             if world_size() > 1:
                 dist.barrier()  # the other processes wait for the first one's negatives
-        parts.append(Records(file, images, kinds))
+        parts.append(files.Records(file, images, kinds, look_for_images=rank() == 0))
     return ConcatDataset(parts)
 
 
-class Records(Dataset):
-    """The lines of a file of negatives.py as (image path, box or None, [caption, negatives ...]),
-    with "" for a missing negative. A line is read when it is asked for."""
-
-    def __init__(self, path: Path, images: Path, kinds: list[str]):
-        self.path, self.images, self.kinds = path, images, kinds
-        self.starts, self.digest, names = files.index_records(path)
-        self.file = None  # each loader process opens it for itself
-        if rank() == 0:
-            files.check_images(images, names)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, i: int) -> tuple[Path, list | None, list[str]]:
-        with one_line_errors(f"{self.path}, line {i + 1}, is not a record of negatives.py"):
-            self.file = self.file or self.path.open("rb")
-            self.file.seek(self.starts[i])
-            record = json.loads(self.file.readline())
-            texts = [record["caption"]] + [record[kind] or "" for kind in self.kinds]
-            return self.images / record["image"], record.get("box"), texts
-
-
 class Pairs(Dataset):
-    """Item (epoch, i) -> image (3, H, W), tokens (1 + K, L), valid (K,). An image's augmentation
-    depends on (seed, epoch, i) alone, not on workers or processes."""
+    """Item (epoch, i) -> image (3, H, W), tokens (1 + K, L), valid (K,): a negative exists, and the
+    model can tell it from the caption. An image's augmentation depends on (seed, epoch, i) alone,
+    not on workers or processes."""
 
     def __init__(self, records: Dataset, loaded: "Loaded", seed: int):
         self.records, self.seed = records, seed
@@ -547,8 +533,15 @@ class Pairs(Dataset):
         # torch.manual_seed would also seed CUDA, which takes 0.2 ms an item
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, i))
         image = self.transform(files.open_image(path, box, self.size))
-        valid = torch.tensor([text != "" for text in texts[1:]], dtype=torch.bool)
-        return image, self.tokenizer(texts), valid
+        tokens = self.tokenizer(texts)
+        exists = torch.tensor([text != "" for text in texts[1:]], dtype=torch.bool)
+        return image, tokens, exists & ~same_tokens(tokens)
+
+
+def same_tokens(tokens: Tensor) -> Tensor:
+    """Whether a negative has its caption's tokens, because what it changes lies behind the last one
+    that the model reads, or is unknown to it. tokens (..., 1 + K, L) -> (..., K)."""
+    return (tokens[..., 1:, :] == tokens[..., :1, :]).all(-1)
 
 
 def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[tuple[int, int]]]:
@@ -576,24 +569,36 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
 
     ViT-L-14/openai   a model of open_clip, and a tag of its weights
     openai            a tag of the model `name`
+    hf-hub:ORG/REPO   open_clip's weights on the Hugging Face hub
     a file of ours    it knows its model, and `name` is not looked at
     any other file    third-party weights of the model `name`: see files.py
-    a folder          the same, with such a file in it
+    a folder          of open_clip or transformers; without a config in it, such a file
     """
     path = Path(source)
     model_name, _, tag = source.rpartition("/")
     model_name = model_name or name
     if not path.is_file() and tag in open_clip.list_pretrained_tags_by_model(model_name):
         return build_model(model_name, tag)
+    if source.startswith("hf-hub:"):
+        return build_model(source)
     if not path.exists():
         raise BadInput(f"{source} is not a file, and not a TAG or MODEL/TAG of open_clip's weights")
+    if (path / "open_clip_config.json").exists():
+        return build_model(f"local-dir:{path}")
     with one_line_errors(f"{path} is not a checkpoint of {name}"):
         content = files.read_weights(path)
         if "config" in content and isinstance(content.get("model"), str):
             loaded = build_model(content["model"], None, content["config"], content["preprocess"])
+        elif (path / "config.json").exists():
+            quick_gelu, preprocess = files.read_transformers_config(path)
+            config = build_model(name).config | {"quick_gelu": quick_gelu}
+            loaded = build_model(Path(name).stem, None, config, preprocess)
         else:
             loaded = build_model(name)
-            tqdm.write(f"warning: {path} is read as a {name}; its activation is not checked")
+            files.say(
+                f"warning: {path} is read as a {name}: its activation, image mean and image "
+                "standard deviation are assumed"
+            )
         files.load_weights(loaded.model, content)
     return loaded
 
@@ -601,7 +606,8 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
 def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
     """A model with random weights, or with those of a tag.
 
-    name        of a model of open_clip, "xvlm", or the path of a model config (.json)
+    name        of a model of open_clip, "xvlm", or the path of a model config (.json); one that
+                begins with hf-hub: or local-dir: brings weights of open_clip
     tag         of open_clip's weights. Those of OpenAI and some others need QuickGELU, about which
                 open_clip 3 only warns: they get the model whose name ends in -quickgelu
     config      what `name` means, and
@@ -624,23 +630,15 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
     if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
         name = name.removesuffix("-quickgelu") + "-quickgelu"
     what = f"{name} {tag}" if tag else name
+    has_weights = name.startswith(("hf-hub:", "local-dir:"))
     with one_line_errors(f"{what} is not a model that open_clip can build (offline: name a file)"):
-        parts = open_clip.create_model_and_transforms(name, pretrained=tag, **(preprocess or {}))
-        parts = [*parts, open_clip.get_tokenizer(name)]
-    model, *transforms_and_tokenizer = parts
-    return Loaded(model, name, open_clip.get_model_config(name), *transforms_and_tokenizer)
-
-
-def save_checkpoint(path: Path, loaded: Loaded, **state) -> None:
-    """The file is whole or absent. It holds plain tensors and numbers, so weights_only=True loads
-    it, and so does open_clip: create_model_and_transforms(content["model"], pretrained=path)."""
-    transform = get_model_preprocess_cfg(loaded.model)
-    keys = [key for key in ("mean", "std", "interpolation", "resize_mode") if key in transform]
-    content = {"model": loaded.name, "config": loaded.config}
-    content["preprocess"] = {f"image_{key}": transform[key] for key in keys}
-    content["state_dict"] = loaded.model.state_dict()
-    with files.whole_file(path) as new:
-        torch.save(content | state, new)
+        options = {"pretrained": tag, "require_pretrained": has_weights, **(preprocess or {})}
+        model, *transforms = open_clip.create_model_and_transforms(name, **options)
+        tokenizer = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_config(name)
+    if has_weights:  # from now on the model is called like its folder or repository
+        name = Path(name.partition(":")[2]).resolve().name
+    return Loaded(model, name, config, *transforms, tokenizer)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -693,8 +691,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "WORLD_SIZE" in os.environ:  # torchrun; hours may pass while one process makes negatives
-        dist.init_process_group(timeout=timedelta(days=1))
+    if "WORLD_SIZE" in os.environ:  # hours may pass while one process makes negatives
+        with one_line_errors("WORLD_SIZE is set: start with torchrun, or unset WORLD_SIZE"):
+            dist.init_process_group(timeout=timedelta(days=1))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train(args, device)
     if dist.is_initialized():

@@ -11,6 +11,7 @@ The lists were made by hand from the commonest words of COCO and Flickr8k; all w
 """
 
 import functools
+import importlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -132,6 +133,13 @@ PLACES += " field lawn yard park meadow pasture ground grass beach shore coast o
 PLACES += " pool pond water snow sand dirt slope hill mountain sky city town desert forest court"
 PLACES += " room kitchen bathroom bedroom hallway office restaurant store zoo airport station floor"
 SORTS = [set(group.split()) for group in (PEOPLE, ANIMALS, PLACES)]
+
+KNOWN = set().union(*SYNONYMS, *SORTS, *CONTRAST["attribute"], *CONTRAST["action"])
+for names, kinds in HYPERNYMS:
+    KNOWN.update(names.split(), kinds.split())
+
+# The commonest languages in Latin script of which spaCy has stop words: see Tagger.is_english.
+LANGUAGES = "ca cs da de es fi fr hu id it nb nl pl pt ro sv tr vi".split()
 
 
 @functools.cache
@@ -361,6 +369,11 @@ class Tagger:
         self.nlp.tokenizer.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
         self.new_doc = functools.partial(spacy.tokens.Doc, self.nlp.vocab)
         self.explain = spacy.explain  # "ADJ" -> "adjective"
+        self.common = self.nlp.Defaults.stop_words | KNOWN
+        self.foreign = []  # the stop words of each other language
+        for code in LANGUAGES:
+            module = importlib.import_module(f"spacy.lang.{code}.stop_words")
+            self.foreign.append(module.STOP_WORDS)
         self.lemmas = functools.cache(self._lemmas)
 
     def words(self, captions: Iterable[str]) -> Iterator[list[Word]]:
@@ -369,13 +382,21 @@ class Tagger:
             yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower()) for t in doc]
 
     def is_english(self, words: list[Word]) -> bool:
-        """A guess: half of the letters are Latin, and there is a common word, or not more than half
-        of the words are names. Three words or fewer are too few to tell, and pass."""
+        """A guess: half of the letters are Latin; English knows as many of the words as any other
+        language does, and as have letters such as "ä"; if it knows none, not more than half of the
+        words are names. Three words or fewer are too few to tell: they pass as names, and one of
+        them may be foreign ("bent knee" is Dutch, too)."""
         letters = [letter for letter in text_of(words) if letter.isalpha()]
         latin = 2 * sum(letter.isascii() for letter in letters) >= len(letters)
-        common = any(word.text.lower() in self.nlp.Defaults.stop_words for word in words)
+        spelt = [word for word in words if word.text.isalpha()]
+        texts = [word.text.lower() for word in spelt]
+        few = len(words) <= 3
+        known = sum(w.text.lower() in self.common or w.lemma in self.common for w in spelt)
+        elsewhere = [sum(text in stop_words for text in texts) for stop_words in self.foreign]
+        marked = sum(not text.isascii() for text in texts)
         names = sum(word.pos in ("PROPN", "X") for word in words)
-        return latin and (common or len(words) <= 3 or 2 * names <= len(words))
+        tells = known or few or 2 * names <= len(words)
+        return bool(latin and known + few >= max(*elsewhere, marked) and tells)
 
     def tags(self, filled: list[tuple[list[Word], int, str]]) -> list[str]:
         """The fine tag of each new word in its caption, given as (words, position, new word)."""

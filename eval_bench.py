@@ -43,6 +43,7 @@ class Cell:  # a number of a table, in %
     ties: int = 0
     blind: float | None = None  # with --blind: see add_blind_and_looking
     looking: float | None = None
+    same_tokens: int = 0  # items whose texts differ behind the last token that the model reads
 
     def __str__(self) -> str:
         without_value = "partial" if self.scored else ""  # partial: an average that lacks items
@@ -53,12 +54,17 @@ class Cell:  # a number of a table, in %
 class Log:  # what the function of a benchmark notes down besides the cells that it returns
     blind: bool = False  # a setting: whether blind and looking are to be computed
     decisions: list[dict] = field(default_factory=list)  # the lines of items.jsonl
-    absent: list[str] = field(default_factory=list)  # files that it needs and that are not there
+    absent: list[str] = field(default_factory=list)  # files and images that are not there
 
     def note_if_absent(self, path: Path) -> bool:
         if not path.exists():
             self.absent.append(str(path))
         return not path.exists()
+
+    def note_absent_images(self, paths: Iterable[Path]) -> None:
+        absent = [path for path in dict.fromkeys(paths) if not path.is_file()]
+        if absent:
+            self.absent.append(f"{len(absent)} images, the first is {absent[0]}")
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
@@ -72,6 +78,7 @@ def mean(cells: Iterable[Cell]) -> Cell:
         average.scored += cell.scored
         average.total += cell.total
         average.ties += cell.ties
+        average.same_tokens += cell.same_tokens
     for name in ("value", "blind", "looking"):
         values = [getattr(cell, name) for cell in cells]
         if values and None not in values and average.scored == average.total:
@@ -94,6 +101,7 @@ class Scorer:
         self.transform, self.tokenizer = loaded.eval_transform, loaded.tokenizer
         self.batch_size, self.workers = batch_size, workers
         self.images, self.texts = {}, {}  # image or text -> its feature (D,)
+        self.tokens = {}  # text -> its tokens (L,)
 
     @torch.inference_mode()
     def encode(self, images: Iterable[tuple], texts: Iterable[str]) -> None:
@@ -105,8 +113,9 @@ class Scorer:
         new = [text for text in dict.fromkeys(texts) if text not in self.texts]
         loader = DataLoader(sorted(new, key=len), 4 * self.batch_size, collate_fn=list)
         for batch in tqdm(loader, "texts", unit="batch", leave=False):
-            features = encode_text(self.model, self.tokenizer(batch))
-            self.texts.update(zip(batch, finite(features)))
+            tokens = self.tokenizer(batch)
+            self.tokens.update(zip(batch, tokens))
+            self.texts.update(zip(batch, finite(encode_text(self.model, tokens))))
 
     @torch.inference_mode()
     def match(self, texts_of: dict[tuple, Iterable[str]]) -> dict[tuple, float]:
@@ -151,12 +160,15 @@ def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
     if matches:
         scores[0] += matches[item.image, item.positive]
         scores[1] += matches[item.image, item.negative]
-    right = scores[0] > scores[1]
-    return item._asdict() | dict(scores=scores, right=right, gap=gap, similarity=similarity)
+    same = torch.equal(scorer.tokens[item.positive], scorer.tokens[item.negative])
+    right = scores[0] > scores[1] and not same
+    line = dict(scores=scores, right=right, gap=gap, similarity=similarity, same_tokens=same)
+    return item._asdict() | line
 
 
 def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -> list[dict]:
     """A line for each item whose image is there, also for the log; with `itm` an X-VLM matches."""
+    log.note_absent_images(item.image[0] for item in items)
     texts_of = defaultdict(dict)  # image -> its texts as keys: each once, and in order
     for item in items:
         if item.image[0].is_file():
@@ -177,8 +189,11 @@ def accuracies(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -
     cells = defaultdict(Cell)  # a group whose file is absent has an empty cell
     for group, total in Counter(item.group for item in items).items():
         right = [line["right"] for line in lines_of[group]]
-        ties = sum(line["scores"][0] == line["scores"][1] for line in lines_of[group])
-        cells[group] = Cell(percent(right), len(right), total, ties)
+        same = sum(line["same_tokens"] for line in lines_of[group])
+        ties = 0
+        for line in lines_of[group]:
+            ties += line["scores"][0] == line["scores"][1] and not line["same_tokens"]
+        cells[group] = Cell(percent(right), len(right), total, ties, same_tokens=same)
     if log.blind:
         add_blind_and_looking(scorer, items, lines, cells, itm)
     return cells
@@ -220,12 +235,7 @@ def read_entries(path: Path, log: Log) -> list:
     """The entries of a benchmark's file, a JSON list or object; none if it is absent."""
     if log.note_if_absent(path):
         return []
-    with one_line_errors(f"{path} is not a JSON list or object"):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.strip().split("\n")]
-        content = json.loads(text)
-        return list(content.values() if isinstance(content, dict) else content)
+    return files.read_json_list(path)
 
 
 # ---- Benchmarks: their items, and how their accuracies are averaged ------------------------------
@@ -387,6 +397,7 @@ def winoground(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     items, entries = [], read_entries(root / "winoground/examples.jsonl", log)
     for e in entries:
         paths = [root / f"winoground/images/{e[name]}.png" for name in ("image_0", "image_1")]
+        log.note_absent_images(paths)
         if paths[0].is_file() and paths[1].is_file():
             items.append(Item("", (paths[0], None), e["caption_0"], e["caption_1"]))
             items.append(Item("", (paths[1], None), e["caption_1"], e["caption_0"]))
@@ -402,14 +413,20 @@ def winoground(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
 
 def generated_negatives(scorer: Scorer, path: Path, folder: Path, log: Log) -> dict[str, Cell]:
     """Each kind of a file that negatives.py wrote, and their mean."""
-    items = []
+    items, outside = [], 0
     with one_line_errors(f"{path} is not a file of negatives.py"), path.open("rb") as file:
         for record in map(json.loads, file):
             box = tuple(record["box"]) if record.get("box") else None
             image = (folder / record["image"], box)
+            there = box and image[0].is_file()
+            if there and not files.part_inside(box, files.image_size(image[0])):
+                outside += 1
+                continue
             for kind, text in record.items():
                 if isinstance(text, str) and kind not in ("id", "image", "caption"):
                     items.append(Item(kind, image, record["caption"], text))
+    if outside:
+        files.say(f"{path}: {outside} regions outside their image are left out")
     groups = accuracies(scorer, items, log)
     return groups | {"mean": mean(groups.values())}
 
@@ -429,6 +446,7 @@ def retrieval(scorer: Scorer, captions: Path, folder: Path, log: Log, splits=())
     images = [(folder / record["image"], None) for record in records]
     scored = sum(path.exists() for path, _ in images)
     if scored < len(records):
+        log.note_absent_images(path for path, _ in images)
         return dict.fromkeys(("I2T R@5", "T2I R@5"), Cell(None, scored, len(records)))  # Table 5
     texts = [pre_caption(record["caption"]) for record in records]
     scorer.encode(images, texts)
@@ -541,8 +559,7 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     """A benchmark's table: the paper's rows, ours, and their differences from the base."""
     *_, cells = rows.values()  # all rows have the same columns
     if not any(cell.scored for cell in cells.values()):
-        first = absent[0] if absent else "every image"
-        return f"{TITLES[name]} is not scored: {first} is absent, see docs/benchmarks.md"
+        return f"{TITLES[name]} is not scored. Absent: {absent[0]}; see docs/benchmarks.md"
     table = paper_rows(name)
     for row, cells in rows.items():
         table[row] = cells
@@ -556,6 +573,8 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     table["scored/all"] = {column: f"{cell.scored}/{cell.total}" for column, cell in cells.items()}
     for row, cells in rows.items():
         table[f"ties, {row}"] = {column: cell.ties or "" for column, cell in cells.items()}
+        same = {column: cell.same_tokens or "" for column, cell in cells.items()}
+        table[f"same tokens, {row}"] = same
     partial = absent or any(cell.scored < cell.total for cell in cells.values())
     text = f"## {TITLES[name]}, %{' - PARTIAL' if partial else ''}\n\n" + markdown(table, cells)
     if absent:
@@ -665,7 +684,8 @@ def main() -> None:
         scorer = Scorer(loaded, args.batch_size, args.workers)
         for name in args.bench:
             log = Log(args.blind)
-            results[name][row] = run_benchmark(name, scorer, args, log)
+            with one_line_errors(f"{name} has a file of another form (docs/benchmarks.md)"):
+                results[name][row] = run_benchmark(name, scorer, args, log)
             scored += sum(cell.scored for cell in results[name][row].values())
             absent[name] = log.absent  # the same for every checkpoint
             for decision in log.decisions:

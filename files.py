@@ -14,18 +14,21 @@ import logging
 import os
 import re
 import sys
+import time
 import zipfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PosixPath
 from typing import TextIO
 
 import numpy as np
 import torch
-from open_clip.model import resize_pos_embed
-from PIL import Image
+from open_clip.model import get_model_preprocess_cfg, resize_pos_embed
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 # ---- A user's mistake in one line ----------------------------------------------------------------
@@ -74,13 +77,32 @@ def at_least(low: float) -> Callable[[str], float]:
     return number
 
 
+def say(line: str) -> None:
+    """A line for the user, which does not break the progress bar. It goes to stderr."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def counted(counts: Counter) -> str:
+    """ "; left out: 9 .json files, 3 of other splits" from {reason: count}, or ""."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+    return f"; left out: {reasons}" if reasons else ""
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main(). An error ends in one line and exit code 1; --debug shows where."""
+    """Call a script's main(). An error ends in one line and exit code 1; --debug shows where.
+
+    Of several processes only the first one speaks. The line of any process reaches torchrun, which
+    prints it at the end of its report.
+    """
     debug = "--debug" in sys.argv
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot print
     if debug:
         sys.argv.remove("--debug")
     else:
         logging.disable(logging.WARNING)  # warnings of open_clip, transformers and the hub
+        if os.environ.get("RANK", "0") != "0":
+            sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         with one_line_errors("an unexpected error (--debug shows where)"):
             main()
@@ -90,7 +112,11 @@ def run_main(main: Callable[[], None]) -> None:
         line = one_line(str(e))
         if "shared memory" in line:
             line += " (--workers 0 needs none; docker run --shm-size gives more)"
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {line}")
+        line = f"{Path(sys.argv[0]).name}: error: {line}"
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun reads it
+            report = {"message": line, "timestamp": int(time.time())}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
+        sys.exit(line)
 
 
 # ---- Writing: a file is whole or absent ----------------------------------------------------------
@@ -123,11 +149,57 @@ def read_with_checksum(path: Path) -> str | None:
     return text if checksum == sha256(text) else None
 
 
+# ---- Reading: an error names the line or the field -----------------------------------------------
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A text file in UTF-8. Raises BadInput with the number of the first line that is not."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as e:
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:  # "\udc80" is a byte 80
+            lines = (n for n, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
+            line = next(lines)
+        raise BadInput(f"{path}, line {line}: it is not UTF-8 (iconv -f LATIN1 -t UTF-8)") from e
+
+
+class Entry(dict):
+    """A JSON object of a file. An error names a field that it lacks, and those that it has."""
+
+    def __init__(self, fields: dict, where: str | Path):
+        super().__init__(fields)
+        self.where = where
+
+    def __missing__(self, field: str):
+        raise BadInput(f"{self.where} has no field {field}; it has {', '.join(self)}")
+
+
+def read_json_list(path: Path) -> list:
+    """The items of a benchmark's file: a JSON list, the values of a JSON object, or JSON lines."""
+    with one_line_errors(f"{path} is not a JSON list or object"), open_text(path) as file:
+        text = file.read().strip()
+        if path.suffix == ".jsonl":
+            lines = [line for line in text.split("\n") if line.strip()]
+            text = f"[{','.join(lines)}]"
+        content = json.loads(text, object_hook=lambda fields: Entry(fields, path))
+        items = list(content.values() if isinstance(content, dict) else content)
+    for number, item in enumerate(items):
+        for entry in (
+            item if isinstance(item, list) else [item]
+        ):  # VL-CheckList's are [image, entry]
+            if isinstance(entry, Entry):
+                entry.where = f"{path}, item {number},"
+    return items
+
+
 # ---- Captions files ------------------------------------------------------------------------------
 
 IMAGE_KEYS = ("image", "filepath", "file_name", "image_name", "url")
 CAPTION_KEYS = ("caption", "title", "text", "comment")
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_ENDINGS = ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .avif".split()
+A_ROW = re.compile("|".join(map(re.escape, IMAGE_ENDINGS)) + "|://", re.I)  # an image or an address
 
 
 def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
@@ -137,30 +209,42 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
     splits  a selection of Karpathy's train, restval, val, test; without it all captions are read
     An "id" that the file does not give is a number that counts from 0. White space is folded and
     HTML's "&amp;" becomes "&", as in CLIP's tokenizer. COCO's captions are sorted by image, all
-    others keep their order. Raises BadInput.
+    others keep their order. What is left out is counted, and said in one line. Raises BadInput.
     """
-    captions = []
+    captions, left_out = [], Counter()
+    number = 0
     with one_line_errors(f"{path} is not a captions file (docs/data.md says what is read)"):
-        for number, entry in enumerate(read_entries(path)):
-            split = entry.pop("split", None)
-            if splits and split not in splits:
+        for entry in read_entries(path):
+            if "left_out" in entry:
+                left_out[entry["left_out"]] += 1
                 continue
-            text = " ".join(html.unescape(entry["caption"]).split())
+            split = entry.pop("split", None)
+            text = " ".join(html.unescape(entry["caption"] or "").split())
             text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes "?"
-            captions.append({"id": number, **entry, "caption": text})
+            if splits and split not in splits:
+                left_out["of other splits"] += 1
+            elif not text or not entry["image"]:
+                left_out["without a caption or an image"] += 1
+            else:
+                captions.append({"id": number, **entry, "caption": text})
+            number += 1
     if not captions:
         of_splits = f" of split {' or '.join(splits)}" if splits else ""
-        raise BadInput(f"{path} holds no captions{of_splits}: docs/data.md says what is read")
+        line = f"{path} holds no captions{of_splits}: docs/data.md says what is read"
+        raise BadInput(line + counted(left_out))
+    images = len({caption["image"] for caption in captions})
+    say(f"{path}: {len(captions):,} captions of {images:,} images{counted(left_out)}")
     return captions
 
 
 def read_entries(path: Path) -> Iterator[dict]:
+    """A dict for each caption, or {"left_out": why} for what is not read."""
     kind = path.suffix.lower()
     if path.is_dir():
         yield from read_folder(path)
         return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if kind in (".csv", ".tsv"):
+    with open_text(path) as file:
+        if kind in (".csv", ".tsv", ".txt", ".token"):
             yield from read_json(read_table(file, kind))
         elif kind == ".jsonl":
             yield from read_json(json.loads(line) for line in file if line.strip())
@@ -169,39 +253,66 @@ def read_entries(path: Path) -> Iterator[dict]:
 
 
 def read_folder(path: Path) -> Iterator[dict]:
-    without_caption = 0
-    for image in sorted(path.rglob("*")):
-        if image.suffix.lower() not in IMAGE_ENDINGS or image.name.startswith("."):
+    """The images that have a .txt of the same name beside them. Links to folders are followed, but
+    no folder is read twice, so that a circle of links ends."""
+    images, folders_read = [], set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        subfolders.sort()
+        if os.path.realpath(folder) in folders_read:
+            subfolders.clear()
+            yield {"left_out": "links to a folder that is read already"}
             continue
-        text = image.with_suffix(".txt")
-        if text.exists():
-            name = str(image.relative_to(path))
-            yield {"image": name, "caption": text.read_text(encoding="utf-8-sig")}
-        else:
-            without_caption += 1
-    if without_caption:
-        tqdm.write(f"warning: {without_caption} images without a .txt in {path} are left out")
+        folders_read.add(os.path.realpath(folder))
+        texts = {os.path.splitext(name)[0] for name in names if name.endswith(".txt")}
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            is_image = ending.lower() in IMAGE_ENDINGS
+            if name.startswith("."):
+                yield {"left_out": "hidden files"}
+            elif is_image and stem in texts:
+                images.append(Path(folder, name))
+            elif is_image:
+                yield {"left_out": "images without a .txt"}
+            elif ending != ".txt":
+                yield {"left_out": f"{ending or 'other'} files"}
+    for image in sorted(images):
+        with open_text(image.with_suffix(".txt")) as file:
+            yield {"image": str(image.relative_to(path)), "caption": file.read()}
 
 
 def read_table(file: TextIO, kind: str) -> Iterator[dict]:
-    """The rows of a .csv or .tsv, by the names in its header."""
+    """The rows of a .csv, .tsv, .txt or .token, by the names in its header."""
     header = file.readline()
     file.seek(0)
     delimiter = "\t" if kind == ".tsv" else max(",;|\t", key=header.count)  # the commonest one
     names, quoting = None, csv.QUOTE_MINIMAL  # None: the header has them
-    if kind == ".tsv" and "://" in header:  # CC12M (address, caption) and CC3M have no header
+    if delimiter == "|":  # Flickr30k's results.csv
+        quoting = csv.QUOTE_NONE
+    elif re.match(r"[^\t]+#\d\t", header):  # Flickr8k.token.txt: a.jpg#0<TAB>caption
+        delimiter, names, quoting = "\t", ["image", "caption"], csv.QUOTE_NONE
+    elif kind == ".tsv" and "://" in header:  # CC12M (address, caption) and CC3M have no header
         names = ["url", "caption"] if "://" in header.split()[0] else ["caption", "url"]
         quoting = csv.QUOTE_NONE
-    rows = csv.DictReader(file, names, delimiter=delimiter, skipinitialspace=True, quoting=quoting)
+    options = {"delimiter": delimiter, "skipinitialspace": True, "quoting": quoting, "strict": True}
+    rows = csv.DictReader(file, names, **options)
     rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-    for row in rows:
-        # DictReader puts surplus fields under None, and None for fields that are missing
-        wrong_count = None in row or None in row.values()
-        # a tab or a bar inside a field: a stray quotation mark has swallowed a delimiter
-        quoted = delimiter in "\t|" and any(delimiter in (field or "") for field in row.values())
-        if wrong_count or quoted:
-            raise ValueError(f"line {rows.line_num}: too many or few fields, or a stray quote")
-        yield row
+    line = rows.line_num + 1  # where the row starts
+    try:
+        for row in rows:
+            # DictReader puts surplus fields under None, and None for fields that are missing. One
+            # row of Flickr30k's results.csv lacks a bar, and so its caption.
+            if None in row or (None in row.values() and delimiter != "|"):
+                raise ValueError(f"line {line}: too many or few fields")
+            for field in row.values():
+                swallowed_row = "\n" in (field or "") and A_ROW.search(field)
+                if swallowed_row or (delimiter == "\t" and delimiter in field):
+                    raise ValueError(f"line {line}: a stray quotation mark swallows what follows")
+            if names == ["image", "caption"]:
+                row["image"] = row["image"].partition("#")[0]
+            yield row
+            line = rows.line_num + 1
+    except csv.Error as e:
+        raise ValueError(f"line {line}: a stray quotation mark? ({e})") from e
 
 
 def read_json(content: dict | Iterable[dict]) -> Iterator[dict]:
@@ -249,18 +360,68 @@ def value_of_first(entry: dict, keys: tuple[str, ...]) -> str | list[str]:
 
 # ---- A file of negatives.py, and its images ------------------------------------------------------
 
+# The images are the user's own, so that Pillow's limits against attacks are lifted: of the number
+# of pixels, and of the size of texts and colour profiles in a .png.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 
-def index_records(path: Path) -> tuple[array, str, set[str]]:
-    """The places where the lines start, and the end of the file (9 million lines take 72 MB); the
-    file's sha256; the names of its images."""
-    starts, digest, names = array("q", [0]), hashlib.sha256(), set()
-    with one_line_errors(f"{path} cannot be read"), path.open("rb") as file:
-        for line in file:
-            with one_line_errors(f"{path}, line {len(starts)}, is not a record of negatives.py"):
-                names.add(json.loads(line)["image"])
-            digest.update(line)
-            starts.append(starts[-1] + len(line))
-    return starts, digest.hexdigest(), names
+
+class Records(Dataset):
+    """The lines of a file of negatives.py as (image path, box or None, [caption, negatives ...]),
+    with "" for a missing negative. A line is read when it is asked for.
+
+    Opening it reads all lines once (6 s for 1 million). Captions that are empty and regions that
+    lie outside their image are left out; a region that lies partly outside is clipped when its
+    image is opened. Both are counted, and said in one line. Raises BadInput.
+    """
+
+    def __init__(self, path: Path, images: Path, kinds: list[str], look_for_images: bool = True):
+        self.path, self.images, self.kinds = path, images, kinds
+        self.file = None  # each loader process opens it for itself
+        self.starts = array("q")  # where the lines start: 9 million take 72 MB
+        names, sizes, digest, start = set(), {}, hashlib.sha256(), 0
+        left_out, clipped = Counter(), 0
+        with one_line_errors(f"{path} cannot be read"), path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                with one_line_errors(f"{path}, line {number}, is not a record of negatives.py"):
+                    name, box, texts = self.parse(line)
+                part = box
+                if box:
+                    if name not in sizes:
+                        sizes[name] = image_size(images / name)
+                    part = part_inside(box, sizes[name])
+                    clipped += bool(part) and part != tuple(box)
+                if box and not part:
+                    left_out["regions outside their image"] += 1
+                elif not texts[0]:
+                    left_out["without a caption"] += 1
+                else:
+                    names.add(name)
+                    self.starts.append(start)
+                start += len(line)
+                digest.update(line)
+        self.digest = digest.hexdigest()  # of the whole file
+        if look_for_images:
+            check_images(images, names)
+        line = f"{path}: {len(self):,} captions of {len(names):,} images"
+        if clipped:
+            line += f", of which {clipped:,} regions are clipped to their image"
+        say(line + counted(left_out))
+
+    def parse(self, line: bytes) -> tuple[str, list | None, list[str]]:
+        record = json.loads(line)
+        texts = [record["caption"]] + [record[kind] or "" for kind in self.kinds]
+        return record["image"], record.get("box"), texts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> tuple[Path, list | None, list[str]]:
+        with one_line_errors(f"{self.path} has changed since it was opened"):
+            self.file = self.file or self.path.open("rb")
+            self.file.seek(self.starts[i])
+            name, box, texts = self.parse(self.file.readline())
+        return self.images / name, box, texts
 
 
 def check_images(folder: Path, names: set[str]) -> None:
@@ -277,6 +438,19 @@ def check_images(folder: Path, names: set[str]) -> None:
     for image in absent:
         if not image.exists():  # some disks list "ä" in other bytes than they are asked for
             raise BadInput(f"{image}: no such image ({len(absent)} are missing)")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height, without decoding the image."""
+    with one_line_errors(f"{path} is not an image"), Image.open(path) as image:
+        return image.size
+
+
+def part_inside(box: tuple, size: tuple[int, int]) -> tuple | None:
+    """The part of a box (left, top, right, bottom) that lies in an image of this size, or None."""
+    left, top = max(box[0], 0), max(box[1], 0)
+    right, bottom = min(box[2], size[0]), min(box[3], size[1])
+    return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Image.Image:
@@ -297,18 +471,17 @@ def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Im
         image = image.convert("RGB")
         if not box:
             return image
-        left, top = max(box[0], 0), max(box[1], 0)
-        right, bottom = min(box[2], image.width), min(box[3], image.height)
-        if not (left < right and top < bottom):
+        part = part_inside(box, image.size)
+        if not part:
             raise ValueError(f"its size is {image.size}, the box {box} lies outside")
-        return image.crop((left, top, right, bottom))
+        return image.crop(part)
 
 
 # ---- Weights: files of ours, and third-party ones ------------------------------------------------
 
-# In a folder the first of these is read: two names of open_clip, then two of transformers.
+# In a folder the first of these is read: two names of open_clip, then three of transformers.
 WEIGHT_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-WEIGHT_FILES += ["model.safetensors", "pytorch_model.bin"]
+WEIGHT_FILES += ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
 
 
 def as_dict(*default) -> dict:
@@ -332,6 +505,10 @@ def read_weights(path: Path) -> dict:
     """
     if path.is_dir():
         there = [path / name for name in WEIGHT_FILES if (path / name).exists()]
+        if not there and (path / "adapter_config.json").exists():
+            raise ValueError(
+                "it holds an adapter: merge it into its model first (merge_and_unload)"
+            )
         if not there:
             raise ValueError(f"it has none of {', '.join(WEIGHT_FILES)}: name a file")
         path = there[0]
@@ -345,6 +522,11 @@ def read_weights(path: Path) -> dict:
         raise ValueError("it is a web page: download the file itself")
     if path.suffix == ".safetensors":
         return load_file(path)
+    if path.name.endswith(".index.json"):  # several files, and which one holds a weight
+        content = {}
+        for name in set(json.loads(path.read_text())["weight_map"].values()):
+            content.update(load_file(path.with_name(name)))
+        return content
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
             mmap = zipfile.is_zipfile(path)  # old versions of torch wrote no zip
@@ -375,13 +557,15 @@ def load_weights(model: nn.Module, content: dict) -> None:
             state[name] = value
     if "vision_model.post_layernorm.weight" in state:
         state = from_transformers(state)
+    if "logit_bias" in state and getattr(model, "logit_bias", 0) is None:  # trained as a SigLIP
+        model.logit_bias = nn.Parameter(torch.zeros_like(state["logit_bias"]))
     position = "visual.positional_embedding"
     if position in state:
         state[position] = state[position].float()
         size = state[position].shape
         resize_pos_embed(state, model)
         if state[position].shape != size:
-            tqdm.write("warning: weights of another image size: their position table is resized")
+            say("warning: weights of another image size: their position table is resized")
     missing, unknown = model.load_state_dict(state, strict=False)
     faults = []
     if missing:
@@ -429,6 +613,37 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def read_transformers_config(folder: Path) -> tuple[bool, dict]:
+    """What a folder of transformers says of a CLIPModel besides its sizes: whether its activation
+    is QuickGELU, and open_clip's image_mean, image_std ..."""
+    towers = json.loads((folder / "config.json").read_text())
+    activation = towers.get("vision_config", {}).get("hidden_act", "quick_gelu")  # the default
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        say(f"warning: {path} is absent: the mean and deviation of OpenAI's images are assumed")
+        return activation == "quick_gelu", {}
+    theirs = json.loads(path.read_text())
+    squashed = isinstance(theirs.get("size"), dict) and "height" in theirs["size"]
+    return activation == "quick_gelu", {
+        "image_mean": theirs["image_mean"],
+        "image_std": theirs["image_std"],
+        "image_interpolation": {2: "bilinear", 3: "bicubic"}[theirs.get("resample", 3)],
+        "image_resize_mode": "squash" if squashed else "shortest",
+    }
+
+
+def save_checkpoint(path: Path, loaded, **state) -> None:
+    """The file is whole or absent. It holds plain tensors and numbers, so weights_only=True loads
+    it, and so does open_clip: create_model_and_transforms(content["model"], pretrained=path)."""
+    transform = get_model_preprocess_cfg(loaded.model)
+    keys = [key for key in ("mean", "std", "interpolation", "resize_mode") if key in transform]
+    content = {"model": loaded.name, "config": loaded.config}
+    content["preprocess"] = {f"image_{key}": transform[key] for key in keys}
+    content["state_dict"] = loaded.model.state_dict()
+    with whole_file(path) as new:
+        torch.save(content | state, new)
+
+
 def newest_state(folder: Path, settings: dict) -> dict | None:
     """A run's checkpoint of the most steps. One that is damaged is passed over, and this is said.
     Raises BadInput if the run was begun with other settings."""
@@ -439,7 +654,7 @@ def newest_state(folder: Path, settings: dict) -> dict | None:
             if "settings" in state and (newest is None or state["step"] > newest["step"]):
                 newest = state
         except Exception as e:
-            tqdm.write(f"{path} is damaged, passed over: {one_line(str(e))}")
+            say(f"{path} is damaged, passed over: {one_line(str(e))}")
     if newest:
         begun = newest["settings"]
         differ = [f"{key} {begun.get(key)}" for key in settings if begun.get(key) != settings[key]]

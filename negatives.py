@@ -38,6 +38,7 @@ KINDS = ["relation", *MASKED_KINDS]  # all that are made; Sec. 4.4 names numbers
 PAPER_KINDS = ["relation", "attribute", "action", "object"]  # T_hn in Sec. 3.2; training's default
 CANDIDATES = 100  # words that a filler proposes for a mask; if few, they give negatives away
 FALLBACK_WEIGHT = 1e-3  # a thousandth: such words are drawn where hardly any other passes
+MAX_PAIRS = 40  # pairs of nouns of a caption that are tried: all of them up to nine noun units
 MASK_BATCH = 128  # masked captions in one forward pass
 CHUNK = 1024  # captions that are tagged, filled and saved together: a chunk has so many, or more
 Words = list[english.Word]  # a tagged caption
@@ -65,7 +66,7 @@ class Swap:
 def noun_swaps(
     words: Words, captions: set[str], rng: random.Random, strict: bool = False
 ) -> list[Swap]:
-    """All swaps of two noun units that are as alike as possible, in random order.
+    """Swaps of two noun units that are as alike as possible, in random order, of MAX_PAIRS pairs.
 
     Units of one number come first, then units of one sort: nobody needs the image to see that "a
     suitcase carries a man" is false. With `strict` both must be the same. Articles and adjectives
@@ -76,7 +77,7 @@ def noun_swaps(
     pairs = list(itertools.combinations(english.noun_units(words), 2))
     rng.shuffle(pairs)
     swaps = []
-    for first, second in pairs:
+    for first, second in pairs[:MAX_PAIRS]:
         nouns = [words[english.head_noun(words, unit)] for unit in (first, second)]
         middle = [nouns[0], *words[first[1] : second[0]], nouns[1]]
         heads_alone = [*words[: first[0]], *middle, *words[second[1] :]]
@@ -178,7 +179,12 @@ class MaskedLMFiller:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         with files.one_line_errors(f"{name} is not here (negatives.py --filler FOLDER or ngram)"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForMaskedLM.from_pretrained(name).to(self.device, dtype).eval()
+            model, info = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True)
+            if info["missing_keys"]:
+                raise ValueError(
+                    f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}"
+                )
+            self.model = model.to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts from 2
         self.options = {"truncation": True, "max_length": longest, "padding": True}
         # Only tokens that are whole words are proposed. BPE and SentencePiece mark a token that

@@ -26,14 +26,14 @@ cat > $OUT/photo.json <<END
  "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}}
 END
 [ -e $OUT/start.pt ] || python - <<END
-import json, pathlib, torch, ce_clip
+import json, pathlib, torch, ce_clip, files
 torch.manual_seed(0)
 config = json.load(open("$OUT/photo.json"))
 pixels = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 loaded = ce_clip.build_model("photo", None, config, pixels)
 weights = torch.load("data/mobilenetv1_100.pt", weights_only=True)
 loaded.model.visual.trunk.load_state_dict(weights)
-ce_clip.save_checkpoint(pathlib.Path("$OUT/start.pt"), loaded)
+files.save_checkpoint(pathlib.Path("$OUT/start.pt"), loaded)
 END
 
 # negatives of today's generator, and of the one before its rules for number, sort and plausibility

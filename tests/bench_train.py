@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ce_clip
+import files
 from ce_clip import Encoder
 from negatives import PAPER_KINDS
 
@@ -79,7 +80,7 @@ def measure(args) -> None:
 def measure_loader(args) -> None:
     """Batches of the trainer's own loader with nothing to consume them."""
     loaded = ce_clip.build_model(args.model)
-    records = ce_clip.Records(Path(args.negatives), Path(args.images), PAPER_KINDS)
+    records = files.Records(Path(args.negatives), Path(args.images), PAPER_KINDS)
     batches = iter(
         DataLoader(
             ce_clip.Pairs(records, loaded, seed=0),

@@ -4,6 +4,7 @@ import json
 import sys
 import tarfile
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def by_hand(texts: dict, images: dict) -> Scorer:
     """A scorer without a model that knows these features; of images by their paths."""
     scorer = Scorer(ce_clip.Loaded(torch.nn.Module(), *[None] * 5))
     scorer.texts = {text: tensor(row).float() for text, row in texts.items()}
+    scorer.tokens = defaultdict(lambda: torch.rand(9))  # no two texts have the same
     scorer.images = {(Path(path), None): tensor(row).float() for path, row in images.items()}
     return scorer
 
@@ -49,35 +51,47 @@ def by_hand(texts: dict, images: dict) -> Scorer:
 
 
 def test_a_tie_is_wrong_and_a_missing_image_is_counted():
-    scorer, log = by_hand({"cat": [1, 0], "dog": [0.5, 1]}, {"a": [1, 0]}), Log()
+    scorer, log = by_hand({"cat": [1, 0], "pet": [1, 0], "dog": [0.5, 1]}, {"a": [1, 0]}), Log()
     a, b = (Path("a"), None), (Path("b"), None)  # b: no image
     items = [Item("x", a, "cat", "dog"), Item("x", b, "cat", "dog"), Item("y", a, "dog", "cat")]
-    items += [Item("tie", a, "cat", "cat"), Item("tie", a, "cat", "dog"), Item("z", b, "cat", "")]
+    items += [Item("tie", a, "cat", "pet"), Item("tie", a, "cat", "dog"), Item("z", b, "cat", "")]
     groups = eval_bench.accuracies(scorer, items, log)
     expected = {"x": Cell(100, 1, 2), "y": Cell(0, 1, 1), "tie": Cell(50, 2, 2, 1)}
     assert groups == expected | {"z": Cell(None, 0, 1)}
+    assert log.absent == ["2 images, the first is a"]  # there are no files in this test
     assert groups["of a file that is absent"] == Cell(None, 0, 0)
     decisions = [(d["group"], d["scores"], d["right"], d["similarity"]) for d in log.decisions]
     right, wrong = ([1, 0.5], True, 0.5), ([0.5, 1], False, 0.5)
     assert decisions == [("x", *right), ("y", *wrong), ("tie", [1, 1], False, 1), ("tie", *right)]
     line = eval_bench.score_item(scorer, items[2], matches := {(a, "cat"): 0.25, (a, "dog"): 2.0})
+    matches[a, "pet"] = 0
     assert (line["scores"], line["right"], line["gap"]) == ([2.5, 1.25], True, -0.5)
     scorer.model.match, scorer.match = True, lambda texts_of: matches  # an X-VLM
     values = [eval_bench.accuracies(scorer, items, log, itm)["y"].value for itm in (False, True)]
     assert values == [0, 100]
     torch.manual_seed(0)  # the same text twice is a tie, in whatever order a product is summed
     texts = {str(n): row for n, row in enumerate(torch.rand(99, 512).tolist())}
+    texts |= {f"{n} again": row for n, row in texts.items()}
     scorer = by_hand(texts, {"a": torch.rand(512).tolist()})
-    groups = eval_bench.accuracies(scorer, [Item("x", a, text, text) for text in texts], log)
-    assert groups["x"] == Cell(0, 99, 99, 99)
+    items = [Item("x", a, str(n), f"{n} again") for n in range(99)]
+    assert eval_bench.accuracies(scorer, items, log)["x"] == Cell(0, 99, 99, 99)
+    # texts of the same tokens are wrong, however their scores were rounded, and counted apart
+    scorer = by_hand({"long": [1, 0], "longer": [0.9, 0], "pet": [1, 0]}, {"a": [1, 0]})
+    scorer.tokens["longer"] = scorer.tokens["long"]
+    items = [Item("x", a, "long", "longer"), Item("x", a, "long", "pet")]
+    assert eval_bench.accuracies(scorer, items, log)["x"] == Cell(0, 2, 2, 1, same_tokens=1)
+    assert "| same tokens, b | 1 " in eval_bench.report(
+        "aro", {"b": {"x": Cell(0, 2, same_tokens=1)}}, None, []
+    )
 
 
 def test_blind_accuracy_and_looking_by_hand():
     """Leads of cat over dog: 0.8 for image a, -0.7 for b."""
-    scorer = by_hand({"cat": [1, 0], "dog": [0, 1]}, {"a": [1, 0.2], "b": [0.3, 1]})
+    texts = {"cat": [1, 0], "pet": [1, 0], "dog": [0, 1]}
+    scorer = by_hand(texts, {"a": [1, 0.2], "b": [0.3, 1]})
     a, b, part_of_a = (Path("a"), None), (Path("b"), None), (Path("a"), (0, 0, 1, 1))
     items = [Item("right", a, "cat", "dog"), Item("wrong", b, "cat", "dog")]
-    items += [Item("absent", (Path("c"), None), "cat", "dog"), Item("tie", a, "cat", "cat")]
+    items += [Item("absent", (Path("c"), None), "cat", "dog"), Item("tie", a, "cat", "pet")]
     items += [Item("both", a, "cat", "dog"), Item("both", a, "dog", "cat")]
     groups = eval_bench.accuracies(scorer, items, log := Log(blind=True))
     assert groups["right"] == Cell(100, 1, 1, 0, blind=0, looking=100)
@@ -250,7 +264,7 @@ def place(tmp_path_factory):
         config = TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": 32 + 16 * n}}
         (folder / name).mkdir()
         loaded = ce_clip.build_model(f"{name}-eval", config=config)
-        ce_clip.save_checkpoint(folder / name / "epoch_1.pt", loaded)
+        files.save_checkpoint(folder / name / "epoch_1.pt", loaded)
     karpathy, items = [], {}
     for i, a in enumerate(ADJECTIVES):
         texts = [f"A {a} dog sits on a mat.", f"{a} cats and dogs"]
@@ -338,8 +352,8 @@ def test_command_on_every_benchmark(score, monkeypatch):
     (row,) = [line for line in table.splitlines() if line.startswith(f"| {ONE}")]
     assert row.split()[3::2] == [str(cell) for cell in saved["sugarcrepe"][ONE].values()]
     assert " | 93.1        | 88.8        | 79.0 " in table
-    assert f"| ties, {TWO} " in text and saved["vlc"][TWO]["Avg"].ties == 56
-    assert "Zero-shot classification is not scored: data/zeroshot/cifar10 is absent" in text
+    assert f"| same tokens, {TWO} " in text and saved["vlc"][TWO]["Avg"].same_tokens == 56
+    assert "Zero-shot classification is not scored. Absent: data/zeroshot/cifar10" in text
 
     assert len(lines) == 2 * (49 + 22 + 53 + 168)
     models = {path: ce_clip.load_model(path) for path in (ONE, TWO)}
@@ -349,7 +363,10 @@ def test_command_on_every_benchmark(score, monkeypatch):
         assert line["scores"] == pytest.approx(expected, abs=1e-6)
     image = ["data/aro/images/7.jpg", [5, 3, 35, 23]]
     assert list(lines[0].values())[:4] == ["aro", ONE, "on", image]
-    assert list(lines[0])[3:] == "image positive negative scores right gap similarity".split()
+    assert (
+        list(lines[0])[3:]
+        == "image positive negative scores right gap similarity same_tokens".split()
+    )
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     assert set(before) == {"results.md", "results.json", "items.jsonl"}
     assert before["results.md"].decode() == text
@@ -364,7 +381,7 @@ def test_wise_ft_lies_between_base_and_checkpoint(place, monkeypatch):
     monkeypatch.chdir(place)
     torch.manual_seed(3)
     config = ce_clip.load_model(ONE).config
-    ce_clip.save_checkpoint(Path("tuned.pt"), ce_clip.build_model("tiny-eval", config=config))
+    files.save_checkpoint(Path("tuned.pt"), ce_clip.build_model("tiny-eval", config=config))
     args = Namespace(base=ONE, ckpt=["tuned.pt", ONE], model="", wise=[])
     assert [row for row, _ in eval_bench.checkpoints(args)] == [ONE, "tuned.pt"]
     args.wise = [0, 0.25]
@@ -380,6 +397,7 @@ def test_command_on_data_of_your_own(score):
     records = [record | {"object": "a red cat"}, record | {"image": "9.jpg", "object": "a red cow"}]
     records.append(record | {"image": "1.jpg", "of my own": "a cow", "box": [5, 3, 30, 40]})
     records.append(records[2] | {"image": "2.jpg"})
+    records.append(records[2] | {"box": [900, 3, 930, 40]})  # outside: left out
     save(Path("n.jsonl"), "\n".join(map(json.dumps, records)))
     sentences = [{"raw": "a dog"}, {"raw": "a cat"}]
     images = [{"filename": f"{i}.jpg", "split": "test", "sentences": sentences} for i in range(2)]
@@ -470,6 +488,16 @@ def test_zero_shot_by_hand(place, tmp_path):
         (f"{ONE} --pairs image.jsonl --workers 1", "bad.png is not an image: "),
         (f"{ONE} --data-root no", "nothing was scored"),
         (f"{ONE} --data-root bad --bench sugarcrepe", "add_obj.json is not a JSON list or object"),
+        (
+            f"{ONE} --data-root bad --bench sugarcrepe_pp",
+            "sugarcrepe_pp/replace_obj.json, item 1, has no field caption; it has filename, text",
+        ),
+        (
+            f"{ONE} --data-root bad --bench valse",
+            "bad/valse/existence.json has no field caption; it",
+        ),
+        (f"{ONE} --data-root bad --bench winoground", "examples.jsonl, line 2: it is not UTF-8"),
+        (f"{ONE} --data-root bad --bench vlc", "vlc has a file of another form (docs/benchmarks.m"),
         (f"{ONE} --data-root bad --bench zeroshot", "eurosat/test/nshards.txt: No such file"),
         (f"{TWO} --base {ONE} --wise 1", "--wise: the base is a tiny-eval, the checkpoint a other"),
         (f"{ONE} --image a.jpg", "--image goes together with --texts"),
@@ -485,16 +513,22 @@ def test_mistakes_are_one_line(score, capsys, options, message):
     save(Path("image.jsonl"), '{"image": "bad.png", "caption": "a cat", "object": "a dog"}')
     save(Path("bad.jsonl"), '{"image": "a", "caption": "a"}\n{"object": "a"}')
     save(Path("bad/sugarcrepe/add_obj.json"), "3")
+    good = {"filename": "a", "caption": "b", "caption2": "c", "negative_caption": "d"}
+    entries = [good, {"filename": "a", "text": "b"}]
+    save(Path("bad/sugarcrepe_pp/replace_obj.json"), entries)
+    save(Path("bad/valse/existence.json"), {"a": {"mturk": {"foil": 1}}})
+    save(Path("bad/winoground/examples.jsonl"), "").write_bytes(b'{"image_0": 1}\n\xff')
+    save(Path("bad/vl_checklist/corpus/v1/Attribute/action/vg.yaml"), "3")
     Path("bad/zeroshot/eurosat").mkdir(parents=True, exist_ok=True)
     for name in ("text", "image"):
         loaded = ce_clip.load_model(ONE)
         weight = loaded.model.text_projection if name == "text" else loaded.model.visual.proj
         torch.nn.init.constant_(weight, torch.nan)
-        ce_clip.save_checkpoint(Path(f"{name}.pt"), loaded)
+        files.save_checkpoint(Path(f"{name}.pt"), loaded)
     with pytest.raises(SystemExit) as e:
         score(f"--ckpt {options}")
     output = capsys.readouterr()
     line = e.value.code if isinstance(e.value.code, str) else output.err.splitlines()[-1]
     assert line.startswith("eval_bench.py: error: ") and message in line and "\n" not in line
     if message == "nothing was scored":
-        assert output.out.count("is not scored: no/") == 8
+        assert output.out.count("is not scored. Absent: no/") == 8

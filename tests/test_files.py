@@ -1,6 +1,7 @@
 """files.py: captions files, images and weights as people have them; a mistake in one line."""
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -8,14 +9,15 @@ import os
 import re
 import sys
 from collections import defaultdict
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT, flat, model_of
-from PIL import Image
+from conftest import ROOT, TINY, flat, model_of
+from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 from torch import tensor
 from transformers import CLIPConfig, CLIPModel
@@ -77,6 +79,56 @@ def test_a_file_is_whole_or_absent_and_a_checksum_tells_what_is_damaged(tmp_path
         assert files.read_with_checksum(path) is None
 
 
+def test_requirements_bring_every_package_that_is_imported():
+    """A package is listed, or a listed one requires it, directly or through another one."""
+    text = (ROOT / "requirements.txt").read_text()
+    brought = set()
+    new = {re.split("[ ><]", line)[0] for line in text.splitlines() if not line.startswith("#")}
+    while new - brought:
+        brought |= new
+        needed = [line for name in new for line in metadata.requires(name) or []]
+        new = {re.split("[^A-Za-z0-9_.-]", line)[0] for line in needed if "extra ==" not in line}
+        new = {name.replace("_", "-").lower() for name in new} & {*installed()}
+    brought = {name.replace("_", "-").lower() for name in brought}
+    optional = {"matplotlib", "clip-benchmark", "scikit-learn"}
+    packages = metadata.packages_distributions()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        for module in re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
+            names = {name.replace("_", "-").lower() for name in packages.get(module, [])}
+            assert not names or names & (brought | optional), f"{path}: {module}"
+
+
+def installed() -> list[str]:
+    return [d.name.replace("_", "-").lower() for d in metadata.distributions()]
+
+
+def test_a_stream_prints_what_it_can(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    files.run_main(lambda: print("caf\u00e9 \u2192"))
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"caf\\xe9 \\u2192\n"
+
+
+def test_of_several_processes_the_first_one_speaks(monkeypatch, tmp_path, capsys):
+    def main():
+        files.say("read")
+        print("done")
+        raise BadInput("a mistake")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, spoken in {"0": ("done\n", "read\n"), "1": ("", "")}.items():
+        monkeypatch.setenv("RANK", rank)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(sys, "stdout", sys.stdout)  # run_main changes both
+            patch.setattr(sys, "stderr", sys.stderr)
+            files.run_main(main)
+        assert tuple(capsys.readouterr()) == spoken
+        report = json.loads((tmp_path / "error.json").read_text())
+        assert report["message"] == "x.py: error: a mistake"
+
+
 # ---- Captions files ------------------------------------------------------------------------------
 
 ONE = {"id": 0, "image": "a.jpg", "caption": "A dog, 'wet'"}  # below: &#39; is HTML for '
@@ -85,6 +137,7 @@ URLS = [
     {"id": 0, "image": "http://a/b.jpg", "caption": 'A "dog", wet, red'},
     {"id": 1, "image": "https://c", "caption": '"x'},
 ]
+QUOTED = [ONE | {"caption": '"b'}, {"id": 1, "image": "c.jpg", "caption": 'd"'}]
 LIST = [{"image": "a.jpg", "caption": "A dog, 'wet'"}, {"image": "b.jpg", "caption": "two lines"}]
 SEVERAL = [LIST[0] | {"caption": ["A dog, 'wet'", "half a pair: \ud83d"]}]
 COCO = {"images": [{"id": 8, "file_name": "b.jpg"}, {"id": 7, "file_name": "a.jpg"}]}
@@ -107,6 +160,14 @@ FILES = {  # name: content, and the captions or an error
     "spaces.csv": ("image , caption\na.jpg, \"A dog, 'wet'\"\n", [ONE]),
     "semicolons.csv": ("image;caption\na.jpg;A dog, 'wet'\n", [ONE]),
     "results.csv": ("image_name| comment_number| comment\na.jpg| 0| A dog, 'wet'\n", [ONE]),
+    "one_bar_less.csv": ("image|comment_number|comment\na.jpg|0|A dog, 'wet'\nb.jpg|4 x\n", [ONE]),
+    "bars.csv": ('image|comment\na.jpg|"b\nc.jpg|d"\n', QUOTED),
+    "captions.txt": ("image,caption\na.jpg,\"A dog, 'wet'\"\nb.jpg,two lines\n", TWO),
+    "a.token.txt": ("a.jpg#0\tA dog, 'wet'\nb.jpg#1\ttwo lines\n", TWO),
+    "results_20130124.token": ("a.jpg#0\tA dog, 'wet'\n", [ONE]),
+    "null.jsonl": (json.dumps(ONE) + '\n{"image": "b.jpg", "caption": null}', [ONE]),
+    "nulls.json": (json.dumps([ONE | {"caption": ["A dog, 'wet'", None, " "]}]), [ONE]),
+    "no_image.csv": ("image,caption\na.jpg,\"A dog, 'wet'\"\n,b\n", [ONE]),
     "empty.csv": ("image,filepath,caption,title\n,a.jpg,,\"A dog, 'wet'\"\n", [ONE]),
     "more.csv": ("image,caption,see http://x\na.jpg,\"A dog, 'wet'\",y\n", [ONE]),
     "tabs.csv": ("filepath\ttitle\na.jpg\tA dog, 'wet'\n", [ONE]),
@@ -127,22 +188,34 @@ FILES = {  # name: content, and the captions or an error
     "d.json": ('[{"caption": "b"}]', f"{WRONG}none of image, .*, url is among caption$"),
     "e.csv": ("image\na\n", f"{WRONG}none of caption, .* is among image$"),
     "f.json": ('[{"image": "a.jpg", "caption": [1]}]', f"{WRONG}TypeError"),
-    "g.json": ("\udcff", f"{WRONG}UnicodeDecodeError"),
+    "g.csv": ("image,caption\na,b\nc,caf\udce9\n", "line 3: it is not UTF-8 .iconv"),
     "h.csv": ("image,caption\na,b\nc\n", "line 3: too many or few fields"),
     "i.csv": ("caption,image\na,b,c\n", "line 2: too many or few fields"),
-    "j.csv": ('image|comment\na|"b\nc|d"\n', "line 3: .* quote"),
-    "k.tsv": ('caption\turl\n"a dog\tu1\na cat"\tu2\n', "line 3: .* quote"),
+    "i.txt": ("image,caption\na,b\nc,d,e\n", "line 3: too many or few fields"),
+    # a quotation mark that is not closed, or is closed by one of a later row
+    "j.csv": ('image,caption\na,b\nc.jpg,"d\ne,f\n', "line 3: a stray quotation mark"),
+    "j.txt": ('image,caption\na.jpg,"b\nc.jpg,d"\n', "line 2: a stray quotation mark"),
+    "k.tsv": ('caption\turl\n"a dog\tu1\na cat"\tu2\n', "line 2: a stray quotation mark"),
+    "l.csv": ('caption,url\n"x",y\n"a,http://u\nb",http://v\n', "line 3: a stray quotation"),
 }
 
 
+LEFT_OUT = dict.fromkeys(("one_bar_less.csv", "null.jsonl", "no_image.csv"), "; left out: 1")
+LEFT_OUT["nulls.json"] = "; left out: 2"
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_captions_files(tmp_path, name):
+def test_captions_files(tmp_path, capsys, name):
     (content, expected), path = FILES[name], tmp_path / name
     path.write_text(content, "utf-8", "surrogateescape", newline="")
     if isinstance(expected, list):
         assert read_captions(path) == expected
+        images = len({entry["image"] for entry in expected})
+        left_out = LEFT_OUT[name] + " without a caption or an image" if name in LEFT_OUT else ""
+        line = f"{path}: {len(expected)} captions of {images} images{left_out}\n"
+        assert capsys.readouterr().err == line
         return
-    with pytest.raises(BadInput, match=f"^{path} [^\n]*{expected}[^\n]*$"):
+    with pytest.raises(BadInput, match=f"^{path}[ ,][^\n]*{expected}[^\n]*$"):
         read_captions(path)
 
 
@@ -166,17 +239,26 @@ def test_splits_and_boxes(tmp_path):
 
 
 def test_a_folder_as_img2dataset_leaves_it(tmp_path, capsys):
-    names = {"0/2.png": "a bus", "0/3.jpeg": "a  cat\n", "0/4.webp": "a tree", "1/7.JPG": "a dog"}
-    for name, text in reversed((names | {"0/._3.jpg": "\0", "0/5.gif": "a film"}).items()):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-        path.with_suffix(".txt").write_text(text)
-    (tmp_path / "0" / "6.jpg").touch()
-    captions = [(c["id"], c["image"], c["caption"]) for c in read_captions(tmp_path)]
+    """Links to folders are followed; a circle of links ends."""
+    names = {"0/2.png": "a bus", "0/3.jpeg": "a  cat\n", "0/4.webp": "a tree", "0/5.GIF": "a film"}
+    names |= {"1/7.JPG": "a dog", "1/a.b.avif": "a hat", "linked/9.tif": "a horse"}
+    for folder in ("data/0", "data/1", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    data = tmp_path / "data"
+    (data / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(data)
+    for name, text in reversed((names | {"0/._3.jpg": "\0"}).items()):
+        (data / name).touch()
+        (data / name).with_suffix(".txt").write_text(text)
+    for name in ("0/6.jpg", "0/3.json", "1/7.json", "readme"):
+        (data / name).touch()
+    captions = [(c["id"], c["image"], c["caption"]) for c in read_captions(data)]
     assert captions == [(n, k, " ".join(names[k].split())) for n, k in enumerate(names)]
-    warning = f"warning: 1 images without a .txt in {tmp_path} are left out"
-    assert warning in capsys.readouterr().out
+    left_out = (
+        "2 .json files, 2 hidden files, 1 images without a .txt, 1 links to a folder that is "
+    )
+    left_out += "read already, 1 other files"
+    assert capsys.readouterr().err == f"{data}: 7 captions of 7 images; left out: {left_out}\n"
     (tmp_path / "2").mkdir()
     with pytest.raises(BadInput, match="2 holds no captions: docs/data.md says"):
         read_captions(tmp_path / "2")
@@ -253,6 +335,15 @@ def test_images_of_16_bits_are_scaled_to_8(tmp_path):
         files.open_image(tmp_path / "f.tif")
 
 
+def test_pillows_limits_do_not_end_a_run(tmp_path):
+    Image.new("1", (20_000, 10_000)).save(path := tmp_path / "large.png")
+    assert files.image_size(path) == (20_000, 10_000)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "a" * (2 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=text)
+    assert files.open_image(path).size == (8, 8)
+
+
 # ---- Weights -------------------------------------------------------------------------------------
 
 BESIDE = {  # what people save beside the weights
@@ -275,7 +366,10 @@ def test_checkpoints_of_the_field_load(world, tmp_path, capsys, layout, prefix):
     for saved in (weights, BESIDE | {layout: weights}):
         torch.save(saved, path)
         assert flat(ce_clip.load_model(str(path), name).model.state_dict()) == flat(expected)
-        assert f"warning: {path} is read as a {name}; its activation" in capsys.readouterr().out
+        assert (
+            f"warning: {path} is read as a {name}: its activation, image mean"
+            in capsys.readouterr().err
+        )
     read = files.read_weights(path) | {layout: {}}
     assert (BESIDE | {layout: {}}).items() <= read.items()
 
@@ -293,19 +387,62 @@ def test_safetensors_old_files_of_torch_and_what_openai_publishes(world, tmp_pat
         assert flat(loaded.model.state_dict()) == expected
 
 
-def test_a_clip_of_transformers(world, tmp_path):
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
+def features(loaded, image: Image.Image) -> torch.Tensor:
+    """Of the image, through the transforms, and of a text."""
+    with torch.no_grad():
+        pixels, tokens = loaded.eval_transform(image)[None], loaded.tokenizer(["a red cat"])
+        return torch.cat(loaded.model.eval()(pixels, tokens)[:2])
+
+
+def test_a_folder_of_open_clip_brings_its_config(tmp_path, world):
+    """Its activation, mean, deviation and resizing are not those of --model."""
+    folder, image = tmp_path / "mine", Image.effect_noise((40, 30), 50).convert("RGB")
+    pixels = {"mean": [0.5] * 3, "std": [0.4] * 3, "interpolation": "bilinear"}
+    pixels["resize_mode"] = "squash"
+    config = TINY | {"quick_gelu": False}
+    folder.mkdir()
+    content = {"model_cfg": config, "preprocess_cfg": pixels}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="mine is not a model that open_clip can build .*weights"):
+        ce_clip.load_model(str(folder))
+    source = ce_clip.build_model("x", None, config, {f"image_{k}": pixels[k] for k in pixels})
+    torch.nn.init.normal_(source.model.visual.proj)
+    save_file(source.model.state_dict(), folder / "open_clip_model.safetensors")
+    loaded = ce_clip.load_model(str(folder), str(world / "tiny.json"))
+    files.save_checkpoint(tmp_path / "ours.pt", loaded)
+    for model in (loaded, ce_clip.load_model(str(tmp_path / "ours.pt"))):
+        assert (model.name, model.config) == ("mine", config)
+        assert torch.equal(features(model, image), features(source, image))
+
+
+def test_names_of_the_hub(monkeypatch):
+    built = []
+    monkeypatch.setattr(ce_clip, "build_model", lambda *names: built.append(names))
+    ce_clip.load_model("hf-hub:laion/CLIP-ViT-B-32-256x256-DataComp-s34B-b86K")
+    assert built == [("hf-hub:laion/CLIP-ViT-B-32-256x256-DataComp-s34B-b86K",)]
+
+
+def save_transformers(folder: Path, activation: str) -> CLIPModel:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_act": activation}
     text = {"hidden_size": 16, "intermediate_size": 64, "eos_token_id": 49407, **sizes}
     vision = {"hidden_size": 32, "intermediate_size": 128, "image_size": 32, "patch_size": 16}
     config = CLIPConfig(text_config=text, vision_config=vision | sizes, projection_dim=16)
     theirs = CLIPModel(config).eval()
     for name, weight in theirs.named_parameters():  # biases begin as 0
         torch.nn.init.normal_(weight, std=0.3 if "proj" in name else 1)
-    older = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # not a weight
-    for name in files.WEIGHT_FILES:
-        (tmp_path / name).write_text("not read")
-    save_file(theirs.state_dict() | older, tmp_path / files.WEIGHT_FILES[0])
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    return theirs
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
+    """Its weights lie in several files; its activation is in config.json."""
+    theirs = save_transformers(tmp_path, activation)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    (tmp_path / "pytorch_model.bin").write_text("not read")
     loaded = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    warning = f"warning: {tmp_path}/preprocessor_config.json is absent: the mean and deviation of "
+    assert f"{warning}OpenAI's images are assumed\n" in capsys.readouterr().err
     images, tokens = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a dog", "a red cat eats"])
     with torch.no_grad():
         expected = theirs(input_ids=tokens, pixel_values=images)
@@ -313,20 +450,52 @@ def test_a_clip_of_transformers(world, tmp_path):
     torch.testing.assert_close(image, expected.image_embeds, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(text, expected.text_embeds, atol=1e-5, rtol=1e-4)
     assert scale == theirs.logit_scale.exp()
+    older = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # not a weight
+    save_file(theirs.state_dict() | older, tmp_path / "model.safetensors")
+    again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    assert flat(again.model.state_dict()) == flat(loaded.model.state_dict())
+    assert (again.config["quick_gelu"], again.name) == (activation == "quick_gelu", "tiny")
+    photo = Image.effect_noise((40, 30), 50).convert("RGB")
+    for size, mode in ({"shortest_edge": 32}, 32), ({"height": 32, "width": 32}, (32, 32)):
+        processor = {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2, "size": size}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+        assert f"Resize(size={mode}, interpolation=bilinear" in str(again.eval_transform)
+        assert "mean=[0.5, 0.5, 0.5], std=[0.4, 0.4, 0.4]" in str(again.eval_transform)
+    assert capsys.readouterr().err.count("warning") == 1
+    assert features(again, photo).isfinite().all()
+
+
+def test_an_adapter_is_to_be_merged_first(world, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(BadInput, match="it holds an adapter: merge it into its model first"):
+        ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+
+
+def test_a_clip_with_a_logit_bias(world, tmp_path):
+    config = TINY | {"init_logit_bias": -10}
+    theirs = open_clip.CLIP(**config)
+    torch.save(theirs.state_dict(), tmp_path / "bias.pt")
+    loaded = ce_clip.load_model(str(tmp_path / "bias.pt"), str(world / "tiny.json"))
+    assert flat(loaded.model.state_dict()) == flat(theirs.state_dict())
+    files.save_checkpoint(tmp_path / "ours.pt", loaded)
+    again = ce_clip.load_model(str(tmp_path / "ours.pt"))
+    assert again.model.logit_bias == -10
 
 
 def test_weights_of_other_sizes(world, tmp_path, capsys):
     """Positions of images are resized, as by open_clip, and it is said; of texts they are not."""
     torch.save(model_of(world).model.half().state_dict(), path := tmp_path / "x.pt")
     loaded = ce_clip.load_model(str(path), str(world / "larger.json"))
-    assert "warning: weights of another image size" in capsys.readouterr().out
+    assert "warning: weights of another image size" in capsys.readouterr().err
     with pytest.raises(BadInput, match="size mismatch for positional_embedding"):
         ce_clip.load_model(str(path), str(world / "shorter.json"))
     torch.save(model_of(world).model.half().float().state_dict(), path)  # open_clip takes no half
     theirs, *_ = open_clip.create_model_and_transforms("larger", pretrained=str(path))
     assert flat(loaded.model.state_dict()) == flat(theirs.state_dict())
     ce_clip.load_model(str(path), str(world / "tiny.json"))
-    assert "another image size" not in capsys.readouterr().out
+    assert "another image size" not in capsys.readouterr().err
 
 
 def save_code(path, mark):
@@ -380,6 +549,6 @@ def test_the_newest_whole_state_of_a_run(tmp_path, capsys):
     torch.save({"step": 6, "settings": {"lr": 1}}, tmp_path / "epoch_1.pt")
     assert files.newest_state(tmp_path, {"lr": 1})["step"] == 6
     assert not (tmp_path / "mark").exists()
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     damaged = {line.split(" is damaged, passed over: ")[0] for line in lines}
     assert damaged == {f"{tmp_path / name}.pt" for name in ("code", "cut", "empty")}

@@ -135,9 +135,16 @@ def test_tagger():
     assert TAGGER.tags([(ws, 1, "quickly"), (ws, 1, "dogs")]) == ["RB", "NNS"]
     for word, lemma in ("Stands", "stand"), ("running", "run"), ("bigger", "big"):
         assert {word.lower(), lemma} <= TAGGER.lemmas(word)
-    for text in "Barack Obama", "A café 🐶", "", "Barack Obama greets Angela Merkel in Paris":
+    english = ["Barack Obama", "A café 🐶", "", "Barack Obama greets Angela Merkel in Paris"]
+    english += ["A man in the fog", "bent knee", "No parking", "A man walks in a street"]
+    english += ["Zinédine Zidane kicks a ball"]
+    for text in english:
         assert TAGGER.is_english(tag(text)), text
-    for text in "ein kleiner Hund jagt den Ball", "un chien dans le parc", "一只狗在草地上 追逐":
+    foreign = ["ein kleiner Hund jagt den Ball", "un chien dans le parc", "一只狗在草地上 追逐"]
+    foreign.append("Ein Mann sitzt in der Küche auf einem Stuhl")
+    foreign += ["un hombre con una camisa azul", "um homem na praia", "due cani su una spiaggia"]
+    foreign += ["een vrouw zit op een stoel", "en hund i snön", "dwa psy na plaży", "kırmızı bir araba"]
+    for text in foreign:
         assert not TAGGER.is_english(tag(text)), text
 
 
@@ -238,6 +245,16 @@ def test_the_most_plausible_swap_is_made():
     assert text_with(swap.second.words, swap.second.position, "_") == "a bear eats a _ "
 
 
+def test_a_long_caption_does_not_ask_for_every_pair_of_its_nouns():
+    """It has 3,160 pairs of nouns. A caption of nine nouns has 36, and all are tried."""
+    nouns = "bus box cup hat key map pan pen pot saw".split()
+    text = " . ".join(f"a {' sees a '.join(nouns)}" for _ in range(8))
+    asked = []
+    make([text], lambda requests: asked.extend(requests) or [{} for _ in requests])
+    assert len(asked) <= 2 * negatives.MAX_PAIRS + len(MASKED_KINDS)
+    assert len(swaps(f"a {' sees a '.join(nouns[:9])}")) == 36
+
+
 def test_another_masked_kind_is_one_entry(monkeypatch):
     monkeypatch.setitem(MASKED_KINDS, "manner", "ADV")
     monkeypatch.setattr(negatives, "KINDS", ["relation", *MASKED_KINDS])
@@ -286,6 +303,10 @@ def test_masked_lm_gives_the_models_own_probabilities(tmp_path, tiny_roberta, mo
         expected = dict(zip(whole, logits[0, numbers].softmax(0).tolist()))
         assert proposed == pytest.approx(expected, rel=1e-4)
         assert list(proposed) == sorted(whole, key=expected.get, reverse=True)
+    model.base_model.save_pretrained(tmp_path)  # without its head, which would be random
+    with pytest.raises(files.BadInput, match="is not here .*: weights are missing: "):
+        negatives.MaskedLMFiller(str(tmp_path))
+    model.save_pretrained(tmp_path)
     filler = negatives.MaskedLMFiller(str(tmp_path), candidates=2)
     best, cut_off = filler([requests[0], (tag("a " * 60), 59)])
     assert (list(best), cut_off) == (list(proposals[0])[:2], {})
