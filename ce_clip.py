@@ -569,22 +569,23 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
 
     ViT-L-14/openai   a model of open_clip, and a tag of its weights
     openai            a tag of the model `name`
-    hf-hub:ORG/REPO   open_clip's weights on the Hugging Face hub
+    hf-hub:ORG/REPO   a model and weights of open_clip on the Hugging Face hub; or a folder of that
+                      kind, with open_clip_config.json
     a file of ours    it knows its model, and `name` is not looked at
     any other file    third-party weights of the model `name`: see files.py
-    a folder          of open_clip or transformers; without a config in it, such a file
+    another folder    such a file in it; a config.json of transformers knows the activation
     """
     path = Path(source)
     model_name, _, tag = source.rpartition("/")
     model_name = model_name or name
     if not path.is_file() and tag in open_clip.list_pretrained_tags_by_model(model_name):
         return build_model(model_name, tag)
-    if source.startswith("hf-hub:"):
+    if (path / "open_clip_config.json").exists():
+        source = f"local-dir:{path}"
+    if source.startswith(("hf-hub:", "local-dir:")):
         return build_model(source)
     if not path.exists():
         raise BadInput(f"{source} is not a file, and not a TAG or MODEL/TAG of open_clip's weights")
-    if (path / "open_clip_config.json").exists():
-        return build_model(f"local-dir:{path}")
     with one_line_errors(f"{path} is not a checkpoint of {name}"):
         content = files.read_weights(path)
         if "config" in content and isinstance(content.get("model"), str):

@@ -166,14 +166,14 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 class Entry(dict):
-    """A JSON object of a file. An error names a field that it lacks, and those that it has."""
+    """A JSON object of a file. If it lacks a field, the error shows file, field and object."""
 
-    def __init__(self, fields: dict, where: str | Path):
+    def __init__(self, fields: dict, path: Path):
         super().__init__(fields)
-        self.where = where
+        self.path = path
 
     def __missing__(self, field: str):
-        raise BadInput(f"{self.where} has no field {field}; it has {', '.join(self)}")
+        raise BadInput(f"{self.path}: no field {field} in {json.dumps(self)[:200]}")
 
 
 def read_json_list(path: Path) -> list:
@@ -184,14 +184,7 @@ def read_json_list(path: Path) -> list:
             lines = [line for line in text.split("\n") if line.strip()]
             text = f"[{','.join(lines)}]"
         content = json.loads(text, object_hook=lambda fields: Entry(fields, path))
-        items = list(content.values() if isinstance(content, dict) else content)
-    for number, item in enumerate(items):
-        for entry in (
-            item if isinstance(item, list) else [item]
-        ):  # VL-CheckList's are [image, entry]
-            if isinstance(entry, Entry):
-                entry.where = f"{path}, item {number},"
-    return items
+        return list(content.values() if isinstance(content, dict) else content)
 
 
 # ---- Captions files ------------------------------------------------------------------------------

@@ -143,7 +143,8 @@ def test_tagger():
     foreign = ["ein kleiner Hund jagt den Ball", "un chien dans le parc", "一只狗在草地上 追逐"]
     foreign.append("Ein Mann sitzt in der Küche auf einem Stuhl")
     foreign += ["un hombre con una camisa azul", "um homem na praia", "due cani su una spiaggia"]
-    foreign += ["een vrouw zit op een stoel", "en hund i snön", "dwa psy na plaży", "kırmızı bir araba"]
+    foreign += ["een vrouw zit op een stoel", "en hund i snön", "dwa psy na plaży"]
+    foreign += ["parkta kırmızı bir araba"]
     for text in foreign:
         assert not TAGGER.is_english(tag(text)), text
 
