@@ -370,7 +370,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    same, was_said = 0, False  # how many negatives have had the same tokens as their caption
+    same = 0  # how many negatives have had the same tokens as their caption
     bar = tqdm(batches, str(out), total, initial=start, unit="step", disable=rank() > 0)
     for step, (images, tokens, valid) in enumerate(bar, start + 1):
         lr = args.lr * lr_factor(step - 1, args.warmup, total)
@@ -408,12 +408,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 line[f"threshold_{kind}"] = value.item()
             line["same_tokens"] = gather(torch.tensor([same], device=device)).sum().item()
             write_log(out / "log.jsonl", line)
-            if line["same_tokens"] and not was_said:
-                was_said = True
-                files.say(
-                    f"{line['same_tokens']} negatives so far have the tokens of their caption, "
-                    "which is too long: they count as missing (log.jsonl: same_tokens)"
-                )
             bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         threshold = next_threshold
         if save and rank() == 0:
@@ -434,6 +428,8 @@ def write_log(path: Path, line: dict) -> None:
     """Append a line to log.jsonl. The loss must be finite."""
     if not math.isfinite(line["loss"]):
         raise BadInput(f"the loss is not finite: {json.dumps(line)}")
+    if line["same_tokens"]:
+        files.say_once("warning: negatives that are cut off before they differ count as missing")
     if rank() == 0:
         with path.open("a") as log:
             log.write(json.dumps(line) + "\n")

@@ -7,6 +7,7 @@ a file of yours is not read as you expect. docs/data.md shows what captions file
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import html
 import json
@@ -80,6 +81,11 @@ def at_least(low: float) -> Callable[[str], float]:
 def say(line: str) -> None:
     """A line for the user, which does not break the progress bar. It goes to stderr."""
     tqdm.write(line, file=sys.stderr)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    say(line)
 
 
 def counted(counts: Counter) -> str:
