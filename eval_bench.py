@@ -61,10 +61,9 @@ class Log:  # what the function of a benchmark notes down besides the cells that
             self.absent.append(str(path))
         return not path.exists()
 
-    def note_absent_images(self, paths: Iterable[Path]) -> None:
-        absent = [path for path in dict.fromkeys(paths) if not path.is_file()]
-        if absent:
-            self.absent.append(f"{len(absent)} images, the first is {absent[0]}")
+    def note_absent_images(self, images: list[tuple]) -> None:
+        if images:
+            self.absent.append(f"{len(images)} images, the first is {images[0][0]}")
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
@@ -168,11 +167,14 @@ def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
 
 def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -> list[dict]:
     """A line for each item whose image is there, also for the log; with `itm` an X-VLM matches."""
-    log.note_absent_images(item.image[0] for item in items)
     texts_of = defaultdict(dict)  # image -> its texts as keys: each once, and in order
+    absent = {}  # as keys, the same
     for item in items:
-        if item.image[0].is_file():
+        if item.image in texts_of or files.is_there(*item.image):
             texts_of[item.image].update({item.positive: None, item.negative: None})
+        else:
+            absent[item.image] = None
+    log.note_absent_images(list(absent))
     matches = scorer.match(texts_of) if itm and hasattr(scorer.model, "match") else {}
     scorer.encode(texts_of, (text for texts in texts_of.values() for text in texts))
     lines = [score_item(scorer, item, matches) for item in items if item.image in scorer.images]
@@ -394,13 +396,15 @@ def sugarcrepe_pp(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
 def winoground(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     """arXiv 2204.03162, after the paper: 400 pairs. Text: each image is closer to its own caption.
     Image: each caption is closer to its own image. Group: both. A tie is wrong."""
-    items, entries = [], read_entries(root / "winoground/examples.jsonl", log)
+    items, absent, entries = [], [], read_entries(root / "winoground/examples.jsonl", log)
     for e in entries:
-        paths = [root / f"winoground/images/{e[name]}.png" for name in ("image_0", "image_1")]
-        log.note_absent_images(paths)
-        if paths[0].is_file() and paths[1].is_file():
-            items.append(Item("", (paths[0], None), e["caption_0"], e["caption_1"]))
-            items.append(Item("", (paths[1], None), e["caption_1"], e["caption_0"]))
+        one, two = ((root / f"winoground/images/{e[f'image_{n}']}.png", None) for n in (0, 1))
+        missing = [image for image in (one, two) if not files.is_there(*image)]
+        absent += missing
+        if not missing:
+            items.append(Item("", one, e["caption_0"], e["caption_1"]))
+            items.append(Item("", two, e["caption_1"], e["caption_0"]))
+    log.note_absent_images(absent)
     scores = [line["scores"] for line in score_items(scorer, items, log)]
     text, image, group = [], [], []
     for (own_0, other_0), (own_1, other_1) in zip(scores[::2], scores[1::2]):
@@ -413,20 +417,14 @@ def winoground(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
 
 def generated_negatives(scorer: Scorer, path: Path, folder: Path, log: Log) -> dict[str, Cell]:
     """Each kind of a file that negatives.py wrote, and their mean."""
-    items, outside = [], 0
+    items = []
     with one_line_errors(f"{path} is not a file of negatives.py"), path.open("rb") as file:
         for record in map(json.loads, file):
             box = tuple(record["box"]) if record.get("box") else None
             image = (folder / record["image"], box)
-            there = box and image[0].is_file()
-            if there and not files.part_inside(box, files.image_size(image[0])):
-                outside += 1
-                continue
             for kind, text in record.items():
                 if isinstance(text, str) and kind not in ("id", "image", "caption"):
                     items.append(Item(kind, image, record["caption"], text))
-    if outside:
-        files.say(f"{path}: {outside} regions outside their image are left out")
     groups = accuracies(scorer, items, log)
     return groups | {"mean": mean(groups.values())}
 
@@ -446,7 +444,8 @@ def retrieval(scorer: Scorer, captions: Path, folder: Path, log: Log, splits=())
     images = [(folder / record["image"], None) for record in records]
     scored = sum(path.exists() for path, _ in images)
     if scored < len(records):
-        log.note_absent_images(path for path, _ in images)
+        absent = [image for image in dict.fromkeys(images) if not files.is_there(*image)]
+        log.note_absent_images(absent)
         return dict.fromkeys(("I2T R@5", "T2I R@5"), Cell(None, scored, len(records)))  # Table 5
     texts = [pre_caption(record["caption"]) for record in records]
     scorer.encode(images, texts)

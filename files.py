@@ -445,6 +445,11 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return image.size
 
 
+def is_there(path: Path, box: tuple | None = None) -> bool:
+    """Whether there is such an image, and a part of the box lies in it."""
+    return path.is_file() and (not box or part_inside(box, image_size(path)) is not None)
+
+
 def part_inside(box: tuple, size: tuple[int, int]) -> tuple | None:
     """The part of a box (left, top, right, bottom) that lies in an image of this size, or None."""
     left, top = max(box[0], 0), max(box[1], 0)

@@ -397,7 +397,7 @@ def test_command_on_data_of_your_own(score):
     records = [record | {"object": "a red cat"}, record | {"image": "9.jpg", "object": "a red cow"}]
     records.append(record | {"image": "1.jpg", "of my own": "a cow", "box": [5, 3, 30, 40]})
     records.append(records[2] | {"image": "2.jpg"})
-    records.append(records[2] | {"box": [900, 3, 930, 40]})  # outside: left out
+    records.append(records[2] | {"box": [900, 3, 930, 40]})  # outside: absent
     save(Path("n.jsonl"), "\n".join(map(json.dumps, records)))
     sentences = [{"raw": "a dog"}, {"raw": "a cat"}]
     images = [{"filename": f"{i}.jpg", "split": "test", "sentences": sentences} for i in range(2)]
@@ -407,7 +407,7 @@ def test_command_on_data_of_your_own(score):
     text, saved, lines = score(f"{options} --images data/coco/val2017")
     cells = saved["pairs"][ONE]
     counts = {kind: (cell.scored, cell.total) for kind, cell in cells.items()}
-    assert counts == {"object": (1, 2), "of my own": (2, 2), "mean": (3, 4)}
+    assert counts == {"object": (1, 2), "of my own": (2, 3), "mean": (3, 5)}
     assert cells["mean"].value is None
     assert saved["captions"][ONE]["T2I R@5"] == Cell(100, 4, 4)
     assert [line["image"][1] for line in lines] == [None, [5, 3, 30, 40], [5, 3, 30, 40]]
