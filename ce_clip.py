@@ -528,7 +528,7 @@ class Pairs(Dataset):
         path, box, texts = self.records[i]
         # torch.manual_seed would also seed CUDA, which takes 0.2 ms an item
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, i))
-        image = self.transform(files.open_image(path, box, self.size))
+        image = self.transform(files.open_image(path, box, draft=self.size))
         tokens = self.tokenizer(texts)
         exists = torch.tensor([text != "" for text in texts[1:]], dtype=torch.bool)
         return image, tokens, exists & ~same_tokens(tokens)

@@ -31,7 +31,7 @@ from ce_clip import DEFAULT_MODEL, Loaded, encode_text, load_model
 from files import BadInput, at_least, one_line_errors
 
 # group: the subset, relation or kind that an average is taken over
-# image: its path, and a box (left, top, right, bottom) in pixels or None
+# image: its path; a box (left, top, right, bottom) in pixels, or None; in ARO also True: see aro
 Item = namedtuple("Item", "group image positive negative")
 
 
@@ -192,9 +192,7 @@ def accuracies(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -
     for group, total in Counter(item.group for item in items).items():
         right = [line["right"] for line in lines_of[group]]
         same = sum(line["same_tokens"] for line in lines_of[group])
-        ties = 0
-        for line in lines_of[group]:
-            ties += line["scores"][0] == line["scores"][1] and not line["same_tokens"]
+        ties = sum(map(is_tie, lines_of[group]))
         cells[group] = Cell(percent(right), len(right), total, ties, same_tokens=same)
     if log.blind:
         add_blind_and_looking(scorer, items, lines, cells, itm)
@@ -219,6 +217,30 @@ def add_blind_and_looking(scorer: Scorer, items: list[Item], lines, cells, itm: 
     for group, values in looking.items():
         cells[group].blind = blind[group].value
         cells[group].looking = percent(values)
+
+
+def all_right(scorer: Scorer, entries: list[list[Item]], log: Log) -> Cell:
+    """The percentage of entries whose items, which show one image, are all right. An entry ties if
+    one of its items does."""
+    lines = iter(score_items(scorer, [item for entry in entries for item in entry], log))
+    cell, right = Cell(total=len(entries)), []
+    scored = [entry for entry in entries if entry[0].image in scorer.images]
+    for entry in scored:
+        of_entry = [next(lines) for _ in entry]
+        right.append(all(line["right"] for line in of_entry))
+        cell.ties += any(map(is_tie, of_entry))
+        cell.same_tokens += any(line["same_tokens"] for line in of_entry)
+    cell.value, cell.scored = percent(right), len(right)
+    if log.blind:
+        swapped = []
+        for entry, other in zip(scored, with_other_images([entry[0] for entry in scored])):
+            swapped.append([item._replace(image=other.image) for item in entry])
+        cell.blind = all_right(scorer, swapped, Log()).value
+    return cell
+
+
+def is_tie(line: dict) -> bool:
+    return line["scores"][0] == line["scores"][1] and not line["same_tokens"]
 
 
 def with_other_images(items: list[Item]) -> list[Item]:
@@ -247,14 +269,15 @@ ARO_DROPPED = set(Path(__file__).with_name("aro_dropped.txt").read_text().splitl
 def aro(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     """arXiv 2210.01936, Table 1. Means over pairs of attributes with 25 items or more, and over
     relations except for 157, such as symmetric ones, that ARO's notebook and the paper's authors
-    leave out. An image is cropped to the box around its two objects."""
+    leave out. An image is cropped to the box around its two objects; beyond its border all is
+    black (True)."""
     cells = {}
     for task in ("relation", "attribution"):
         items = []
         for e in read_entries(root / f"aro/visual_genome_{task}.json", log):
             group = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
             x, y, width, height = (e[f"bbox_{side}"] for side in "xywh")
-            image = (root / "aro/images" / e["image_path"], (x, y, x + width, y + height))
+            image = (root / "aro/images" / e["image_path"], (x, y, x + width, y + height), True)
             items.append(Item(group, image, e["true_caption"], e["false_caption"]))
         groups = accuracies(scorer, items, log, itm=True)
         counted = [cell for name, cell in groups.items() if name not in ARO_DROPPED]
@@ -372,47 +395,83 @@ def sugarcrepe_pp(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     33.3. TOT, the text-only task: the captions are closer to each other than to the negative."""
     cells = {}
     for subset in SUGARCREPE["REPLACE"] + SUGARCREPE["SWAP"]:
-        items = []  # two for each entry, one for each of its captions
+        entries = []  # of two items, one for each true caption
         for e in read_entries(root / f"sugarcrepe_pp/{subset}.json", log):
-            image = (root / "coco/val2017" / e["filename"], None)
-            for caption in (e["caption"], e["caption2"]):
-                items.append(Item(subset, image, caption, e["negative_caption"]))
-        lines = score_items(scorer, items, log)
-        itt = [one["right"] and two["right"] for one, two in zip(lines[::2], lines[1::2])]
+            image, negative = (root / "coco/val2017" / e["filename"], None), e["negative_caption"]
+            captions = (e["caption"], e["caption2"])
+            entries.append([Item(subset, image, caption, negative) for caption in captions])
+        cells[f"ITT {subset}"] = all_right(scorer, entries, log)
         # The text-only task also needs the texts whose image is absent.
+        items = [item for entry in entries for item in entry]
         scorer.encode((), (text for item in items for text in (item.positive, item.negative)))
-        tot = []
-        for one, two in zip(items[::2], items[1::2]):
+        right, ties = [], 0
+        for one, two in entries:
             a, b, n = (scorer.texts[text] for text in (one.positive, two.positive, one.negative))
-            tot.append(bool(a @ b > max(a @ n, b @ n)))
-        cells[f"ITT {subset}"] = Cell(percent(itt), len(itt), len(tot))
-        cells[f"TOT {subset}"] = Cell(percent(tot), len(tot), len(tot))
+            scores = [(a @ b).item(), max((a @ n).item(), (b @ n).item())]
+            right.append(scores[0] > scores[1])
+            ties += scores[0] == scores[1]
+            line = {"group": f"TOT {subset}", "image": None, "positive": one.positive}
+            line.update(second=two.positive, negative=one.negative, scores=scores, right=right[-1])
+            log.decisions.append(line)
+        cells[f"TOT {subset}"] = Cell(percent(right), len(right), len(right), ties)
     means = {}
     for name in ("ITT replace", "ITT swap", "TOT replace", "TOT swap"):
         means[name] = mean(cell for column, cell in cells.items() if column.startswith(name))
     return cells | means
 
 
-def winoground(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
-    """arXiv 2204.03162, after the paper: 400 pairs. Text: each image is closer to its own caption.
-    Image: each caption is closer to its own image. Group: both. A tie is wrong."""
-    items, absent, entries = [], [], read_entries(root / "winoground/examples.jsonl", log)
-    for e in entries:
-        one, two = ((root / f"winoground/images/{e[f'image_{n}']}.png", None) for n in (0, 1))
+def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cell]:
+    """Winoground (arXiv 2204.03162) and sets of its kind, after the paper: two images, each with a
+    caption. Text: each image is closer to its own caption. Image: each caption is closer to its own
+    image. Group: both. GroupMatch (arXiv 2510.07632): the sum of the two own scores is higher than
+    that of the other two. Chance: 25, 25, 16.7, 50. A tie is wrong. An entry may have a group."""
+    items, absent, total = [], [], Counter()
+    for e in read_entries(root / name / "examples.jsonl", log):
+        paths = [root / name / "images" / e[f"image_{n}"] for n in (0, 1)]
+        one, two = ((path if path.suffix else path.with_suffix(".png"), None) for path in paths)
+        group = e.get("group", "")
+        total.update({"", group})  # "": all entries
         missing = [image for image in (one, two) if not files.is_there(*image)]
         absent += missing
         if not missing:
-            items.append(Item("", one, e["caption_0"], e["caption_1"]))
-            items.append(Item("", two, e["caption_1"], e["caption_0"]))
+            items.append(Item(group, one, e["caption_0"], e["caption_1"]))
+            items.append(Item(group, two, e["caption_1"], e["caption_0"]))
     log.note_absent_images(absent)
-    scores = [line["scores"] for line in score_items(scorer, items, log)]
-    text, image, group = [], [], []
-    for (own_0, other_0), (own_1, other_1) in zip(scores[::2], scores[1::2]):
-        text.append(own_0 > other_0 and own_1 > other_1)
-        image.append(own_0 > other_1 and own_1 > other_0)
-        group.append(text[-1] and image[-1])
-    rights = {"Text": text, "Image": image, "Group": group}  # chance: 25, 25, 16.7
-    return {name: Cell(percent(right), len(right), len(entries)) for name, right in rights.items()}
+    lines = score_items(scorer, items, log)
+    leads = defaultdict(list)  # (group, column) -> for each entry the lead that decides
+    for line_0, line_1 in zip(lines[::2], lines[1::2]):
+        (own_0, other_0), (own_1, other_1) = line_0["scores"], line_1["scores"]
+        text = min(own_0 - other_0, own_1 - other_1)
+        image = min(own_0 - other_1, own_1 - other_0)
+        match = own_0 + own_1 - (other_0 + other_1)
+        for group in {"", line_0["group"]}:
+            leads[group, "Text"].append(text)
+            leads[group, "Image"].append(image)
+            leads[group, "Group"].append(min(text, image))
+            leads[group, "GroupMatch"].append(match)
+    cells = {}
+    for (group, column), of_column in sorted(leads.items(), key=lambda item: item[0][0]):
+        right = [lead > 0 for lead in of_column]
+        cell = Cell(percent(right), len(right), total[group], of_column.count(0))
+        cells[f"{group} {column}".strip()] = cell
+    return cells
+
+
+WHATSUP = {"A": "controlled_images_dataset.json", "B": "controlled_clevr_dataset.json"}
+
+
+def whatsup(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
+    """arXiv 2310.19785, after the paper: of four captions that differ in the preposition, the first
+    is right. Chance is 25; a tie is wrong."""
+    cells = {}
+    for name, file in WHATSUP.items():
+        entries = []
+        for e in read_entries(root / "whatsup/data" / file, log):
+            image = (root / "whatsup" / e["image_path"], None)
+            right, *wrong = e["caption_options"]
+            entries.append([Item(name, image, right, text) for text in wrong])
+        cells[name] = all_right(scorer, entries, log)
+    return cells | {"Avg": mean(cells.values())}
 
 
 def generated_negatives(scorer: Scorer, path: Path, folder: Path, log: Log) -> dict[str, Cell]:
@@ -523,6 +582,11 @@ BENCHMARKS = {  # those below --data-root: the titles of their tables
     "sugarcrepe": "SugarCrepe (Table 3)",
     "sugarcrepe_pp": "SugarCrepe++ (arXiv 2406.11171)",
     "winoground": "Winoground (arXiv 2204.03162)",
+    "vismin": "VisMin (arXiv 2407.16772)",
+    "bivlc": "BiVLC (arXiv 2406.09952)",
+    "colorswap": "ColorSwap (arXiv 2402.04492)",
+    "mmvp_vlm": "MMVP-VLM (arXiv 2401.06209)",
+    "whatsup": "What'sUp (arXiv 2310.19785)",
     "coco": "COCO retrieval, Karpathy's 5k test",
     "zeroshot": "Zero-shot classification",
 }
@@ -623,7 +687,9 @@ def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace, log: Log)
         return retrieval(scorer, path, args.data_root / "coco", log)
     if name == "vlc":
         return vlc(scorer, args.data_root, log, args.vlc_rows)
-    others = {"aro": aro, "valse": valse, "sugarcrepe": sugarcrepe, "winoground": winoground}
+    if name in ("winoground", "vismin", "bivlc", "colorswap", "mmvp_vlm"):
+        return two_images(scorer, args.data_root, log, name)
+    others = {"aro": aro, "valse": valse, "sugarcrepe": sugarcrepe, "whatsup": whatsup}
     others |= {"sugarcrepe_pp": sugarcrepe_pp, "zeroshot": zero_shot}
     return others[name](scorer, args.data_root, log)
 

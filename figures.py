@@ -157,7 +157,9 @@ def draw_items(items: list[dict], out: Path) -> None:
     values = defaultdict(list)
     decided = defaultdict(lambda: {"right": [], "wrong": []})
     for item in items:
-        path, box = item["image"]
+        if not item["image"]:  # SugarCrepe++'s text-only task
+            continue
+        path, box = item["image"][:2]
         name, answer = short(item["row"]), "right" if item["right"] else "wrong"
         key = (path, box and tuple(box), item["positive"], item["negative"])
         decided[key][answer].append(name)

@@ -445,9 +445,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return image.size
 
 
-def is_there(path: Path, box: tuple | None = None) -> bool:
-    """Whether there is such an image, and a part of the box lies in it."""
-    return path.is_file() and (not box or part_inside(box, image_size(path)) is not None)
+def is_there(path: Path, box: tuple | None = None, black: bool = False) -> bool:
+    """Whether open_image can open it: it is a file, and a part of the box lies in the image."""
+    return path.is_file() and (not box or black or part_inside(box, image_size(path)) is not None)
 
 
 def part_inside(box: tuple, size: tuple[int, int]) -> tuple | None:
@@ -457,8 +457,9 @@ def part_inside(box: tuple, size: tuple[int, int]) -> tuple | None:
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Image.Image:
+def open_image(path: Path, box: tuple | None = None, black: bool = False, draft: int = 0):
     """An image in RGB, cropped to the part of `box` (left, top, right, bottom) that lies in it.
+    With `black` it is cropped to the whole box, and is black where that lies outside (as in ARO).
 
     To save time, a JPEG with sides of at least twice `draft` pixels is decoded at half its size or
     less. Raises BadInput if the file is not an image, or if the box lies outside.
@@ -475,7 +476,7 @@ def open_image(path: str | Path, box: tuple | None = None, draft: int = 0) -> Im
         image = image.convert("RGB")
         if not box:
             return image
-        part = part_inside(box, image.size)
+        part = box if black else part_inside(box, image.size)
         if not part:
             raise ValueError(f"its size is {image.size}, the box {box} lies outside")
         return image.crop(part)

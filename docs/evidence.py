@@ -113,7 +113,7 @@ def measured(run: dict, with_mean: bool) -> dict[tuple, float]:
         cell = cells.get((benchmark, column))
         if cell and cell["value"] is not None:
             values[benchmark, column, cell["scored"], measure] = cell["value"]
-    lines = run["items"]["sugarcrepe_pp"]  # two of each item
+    lines = [line for line in run["items"]["sugarcrepe_pp"] if line["image"]]  # two of each item
     if lines:
         both = [a["right"] and b["right"] for a, b in zip(lines[::2], lines[1::2])]
         values["sugarcrepe_pp", "ITT", len(both), "TOT and ITT in %"] = 100 * np.mean(both)

@@ -139,25 +139,84 @@ def test_sugarcrepe_pp_by_hand(tmp_path):
     scorer.encode = lambda images, texts: asked.update(texts)
     cells = eval_bench.sugarcrepe_pp(scorer, tmp_path, log := Log())
     assert {"a2", "n2"} < asked  # although the image is absent
-    assert len(log.decisions) == 2 * (3 + 4 * 2)
-    assert cells["TOT replace_obj"] == Cell(40, 5, 5)
-    assert cells["ITT replace_obj"] == Cell(pytest.approx(100 / 3), 3, 5)
+    assert len(log.decisions) == 2 * (3 + 4 * 2) + (5 + 4 * 2)
+    last = {"group": "TOT swap_att", "image": None, "positive": "a", "second": "b", "negative": "b"}
+    assert log.decisions[-1] == last | {"scores": pytest.approx([0.9, 0.9]), "right": False}
+    assert cells["TOT replace_obj"] == Cell(40, 5, 5, 1)
+    assert cells["ITT replace_obj"] == Cell(pytest.approx(100 / 3), 3, 5, same_tokens=1)
     assert cells["TOT replace"].value == pytest.approx((40 + 50 + 50) / 3)
-    assert (cells["ITT swap"], cells["ITT replace"]) == (Cell(50, 4, 4), Cell(None, 7, 9))
+    assert (cells["ITT swap"], cells["ITT replace"]) == (
+        Cell(50, 4, 4, same_tokens=2),
+        Cell(None, 7, 9, same_tokens=3),
+    )
+    scorer.images[folder / "2.jpg", None] = tensor([1, 0.5, 0])
+    for images, blind in (([0, 1, 0], 0), ([1, 0.5, 0], 100)):
+        scorer.images[folder / "2.jpg", None] = tensor(images).float()
+        save(tmp_path / "sugarcrepe_pp" / "replace_obj.json", [item, item | {"filename": "2.jpg"}])
+        blinded = eval_bench.sugarcrepe_pp(scorer, tmp_path, Log(blind=True))["ITT replace_obj"]
+        assert (blinded.value, blinded.blind) == (50 + blind / 2, 50 + blind / 2)
 
 
-def test_winoground_by_hand(tmp_path):
+def test_two_images_by_hand(tmp_path):
     images = {"p": [1, 0.2], "q": [0.1, 1], "strong": [3, 2], "weak": [0.9, 1], "even": [1, 1]}
-    folder = tmp_path / "winoground" / "images"
+    folder = tmp_path / "vismin" / "images"
     paths = {save(folder / f"{name}.png", ""): row for name, row in images.items()}
     scorer = by_hand({"c0": [1, 0], "c1": [0, 1]}, paths)
     # p, q: all right; strong, weak: text right, but c1 is closer to strong; even: a tie of texts
-    pairs = [("p", "q"), ("strong", "weak"), ("p", "even"), ("even", "q"), ("p", "absent")]
+    pairs = [("p", "q"), ("strong", "weak.png"), ("p", "even"), ("even", "q"), ("p", "absent")]
     lines = [{"image_0": a, "image_1": b, "caption_0": "c0", "caption_1": "c1"} for a, b in pairs]
-    save(tmp_path / "winoground" / "examples.jsonl", "\n".join(map(json.dumps, lines)))
-    cells = eval_bench.winoground(scorer, tmp_path, log := Log())
-    assert cells == {"Text": Cell(50, 4, 5), "Image": Cell(25, 4, 5), "Group": Cell(25, 4, 5)}
+    lines[0]["group"] = lines[1]["group"] = "object"
+    save(tmp_path / "vismin" / "examples.jsonl", "\n".join(map(json.dumps, lines)))
+    cells = eval_bench.two_images(scorer, tmp_path, log := Log(), "vismin")
+    expected = {"Text": Cell(50, 4, 5, 2), "Image": Cell(25, 4, 5, 2), "Group": Cell(25, 4, 5, 2)}
+    expected |= {"GroupMatch": Cell(100, 4, 5), "object GroupMatch": Cell(100, 2, 2)}
+    expected |= {"object Text": Cell(100, 2, 2), "object Image": Cell(50, 2, 2)}
+    assert cells == expected | {"object Group": Cell(50, 2, 2)}
+    assert list(cells)[:5] == ["Text", "Image", "Group", "GroupMatch", "object Text"]
     assert len(log.decisions) == 8
+    assert log.absent == [f"1 images, the first is {folder / 'absent.png'}"]
+    for name in images:  # a model of the text alone: c0 is likelier than c1
+        scorer.images[folder / f"{name}.png", None] = tensor([1, 0.3])
+    cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
+    assert {cell.value for cell in cells.values()} == {0}
+
+
+def test_whatsup_by_hand(tmp_path):
+    """Of four captions the first must win; with --blind also against another image's scores."""
+    texts = {"on": [1, 0, 0], "under": [0, 1, 0], "left": [0, 0, 1], "right": [0.2, 0.2, 0.2]}
+    paths = [tmp_path / "whatsup" / "data" / "a" / f"{n}.jpg" for n in range(4)]
+    rows = [[1, 0, 0], [0, 1, 0], [1, 0, 1], [0.1, 0, 1]]
+    scorer = by_hand(texts, {save(path, ""): row for path, row in zip(paths, rows)})
+    entries = []
+    for n, first in enumerate(["on", "under", "on", "on"]):  # right, right, a tie, wrong
+        options = [first, *(text for text in texts if text != first)]
+        entries.append({"image_path": f"data/a/{n}.jpg", "caption_options": options})
+    entries.append(entries[0] | {"image_path": "data/a/9.jpg"})  # absent
+    save(tmp_path / "whatsup" / "data" / "controlled_images_dataset.json", entries)
+    save(tmp_path / "whatsup" / "data" / "controlled_clevr_dataset.json", entries[:2])
+    cells = eval_bench.whatsup(scorer, tmp_path, log := Log(blind=True))
+    assert (cells["A"].value, cells["A"].scored, cells["A"].total) == (50, 4, 5)
+    assert (cells["A"].ties, cells["B"].value, cells["Avg"].value) == (1, 100, None)
+    assert cells["B"].blind == 0  # each has the other's image
+    assert len(log.decisions) == 3 * (4 + 2)
+
+
+def test_aro_is_black_beyond_the_border(tmp_path):
+    folder = tmp_path / "aro"
+    entry = {"image_path": "1.jpg", "bbox_x": -5, "bbox_y": 90, "bbox_w": 20, "bbox_h": 9}
+    entry |= {"true_caption": "a", "false_caption": "b", "relation_name": "on"}
+    inside = entry | {"bbox_x": 30, "bbox_y": 20, "bbox_w": 40, "bbox_h": 40}
+    save(folder / "visual_genome_relation.json", [entry, inside])
+    path = save(folder / "images" / "1.jpg", 3)  # of 50 x 40 pixels
+    boxes = [(-5, 90, 15, 99), (30, 20, 70, 60)]
+    scorer = by_hand({"a": [1], "b": [0]}, {})
+    scorer.images = {(path, box, True): tensor([1.0]) for box in boxes}
+    assert eval_bench.aro(scorer, tmp_path, Log())["Relation"] == Cell(100, 2, 2)
+    wholly, partly = (np.asarray(files.open_image(path, box, black=True)) for box in boxes)
+    assert (wholly.shape, wholly.max()) == ((9, 20, 3), 0)
+    assert partly[20:].max() == partly[:, 20:].max() == 0 < partly[:20, :20].min(2).max()
+    assert files.is_there(path, boxes[0], True) and not files.is_there(path, boxes[0])
+    assert files.is_there(path, boxes[1]) and not files.is_there(tmp_path / "x.jpg", boxes[1], True)
 
 
 def test_averages_are_defined_as_the_papers(place, monkeypatch):
@@ -321,7 +380,7 @@ def score(place, monkeypatch, capsys):
 @torch.no_grad()
 def cosines(loaded: ce_clip.Loaded, image: list, texts: list[str]) -> list[float]:
     """Those of an image (path, box) and texts, without the scorer."""
-    path, box = image
+    path, box, *_ = image
     pixels = Image.open(path).convert("RGB")
     pixels = loaded.eval_transform(pixels.crop(box) if box else pixels)
     image, text, _ = loaded.model(pixels[None], loaded.tokenizer(texts))
@@ -361,7 +420,7 @@ def test_command_on_every_benchmark(score, monkeypatch):
         texts = [line["positive"], line["negative"]]
         expected = cosines(models[line["row"]], line["image"], texts)
         assert line["scores"] == pytest.approx(expected, abs=1e-6)
-    image = ["data/aro/images/7.jpg", [5, 3, 35, 23]]
+    image = ["data/aro/images/7.jpg", [5, 3, 35, 23], True]
     assert list(lines[0].values())[:4] == ["aro", ONE, "on", image]
     assert (
         list(lines[0])[3:]
@@ -490,7 +549,7 @@ def test_zero_shot_by_hand(place, tmp_path):
         (f"{ONE} --data-root bad --bench sugarcrepe", "add_obj.json is not a JSON list or object"),
         (
             f"{ONE} --data-root bad --bench sugarcrepe_pp",
-            'sugarcrepe_pp/replace_obj.json: no field caption in {"filename": "a", "text": "b"}',
+            'sugarcrepe_pp/replace_obj.json: no field negative_caption in {"filename": "a"',
         ),
         (f"{ONE} --data-root bad --bench valse", "valse/existence.json: no field caption in {"),
         (f"{ONE} --data-root bad --bench winoground", "examples.jsonl, line 2: it is not UTF-8"),
@@ -528,4 +587,4 @@ def test_mistakes_are_one_line(score, capsys, options, message):
     line = e.value.code if isinstance(e.value.code, str) else output.err.splitlines()[-1]
     assert line.startswith("eval_bench.py: error: ") and message in line and "\n" not in line
     if message == "nothing was scored":
-        assert output.out.count("is not scored. Absent: no/") == 8
+        assert output.out.count("is not scored. Absent: no/") == 13

@@ -312,9 +312,9 @@ def test_regions_are_cropped_and_large_jpegs_decoded_at_a_fraction_of_their_size
         assert files.open_image(path, box).size == size  # nothing black beyond the border
 
     Image.new("L", (640, 480)).save(path := tmp_path / "a.jpg")
-    sizes = [files.open_image(path, None, draft).size for draft in (0, 224, 400)]
+    sizes = [files.open_image(path, draft=draft).size for draft in (0, 224, 400)]
     assert sizes == [(640, 480), (320, 240), (640, 480)]
-    assert files.open_image(path, (400, 0, 600, 400), 224).size == (200, 400)
+    assert files.open_image(path, (400, 0, 600, 400), draft=224).size == (200, 400)
     assert files.open_image(path).mode == "RGB"
 
 

@@ -117,7 +117,8 @@ def pairs_of(world, loaded, seed=0):
 def test_augmentation_depends_on_seed_epoch_and_item_alone(world, monkeypatch):
     loaded = model_of(world)._replace(train_transform=lambda image: torch.rand(3))
     opened, real = [], files.open_image
-    monkeypatch.setattr(files, "open_image", lambda *args: opened.append(args) or real(*args))
+    keep = lambda *args, **more: opened.append((*args, more)) or real(*args, **more)  # noqa: E731
+    monkeypatch.setattr(files, "open_image", keep)
     pairs = pairs_of(world, loaded)
     first, tokens, valid = pairs[0, 1]
     torch.rand(5)
@@ -128,7 +129,7 @@ def test_augmentation_depends_on_seed_epoch_and_item_alone(world, monkeypatch):
     assert valid.tolist() == [True, True, False, True]
     region = (world / "1.png", (1, 2, 3, 4), ["a"])
     ce_clip.Pairs([region], loaded, seed=0)[0, 0]
-    assert opened[-1] == (*region[:2], 32)
+    assert opened[-1] == (*region[:2], {"draft": 32})
 
 
 def test_batches_cover_an_epoch_and_split_over_processes(world, tmp_path, monkeypatch):
