@@ -306,7 +306,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
             "positional_embedding": model.positional_embedding[:longest],
             "attn_mask": model.attn_mask[:longest, :longest],
         }
-        _, of_chunk, _ = torch.func.functional_call(model, shorter, (None, cut))
+        _, of_chunk, *_ = torch.func.functional_call(model, shorter, (None, cut))
         features.append(of_chunk)
     return torch.cat(features)[order.argsort().to(device, non_blocking=True)]  # the old order
 

@@ -63,7 +63,7 @@ class Log:  # what the function of a benchmark notes down besides the cells that
 
     def note_absent_images(self, images: list[tuple]) -> None:
         if images:
-            self.absent.append(f"{len(images)} images, the first is {images[0][0]}")
+            self.absent.insert(0, f"images ({len(images)}), the first is {images[0][0]}")
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
@@ -641,7 +641,8 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     partial = absent or any(cell.scored < cell.total for cell in cells.values())
     text = f"## {TITLES[name]}, %{' - PARTIAL' if partial else ''}\n\n" + markdown(table, cells)
     if absent:
-        text += f"\n\nAbsent: {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
+        text += "\n\nAbsent: " + "; ".join(absent[:2])
+        text += f" and {len(absent) - 2} more" if absent[2:] else ""
     return text
 
 

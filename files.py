@@ -25,7 +25,6 @@ from typing import TextIO
 
 import numpy as np
 import torch
-from open_clip.model import get_model_preprocess_cfg, resize_pos_embed
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -89,15 +88,15 @@ def say_once(line: str) -> None:
 
 
 def counted(counts: Counter) -> str:
-    """ "; left out: 9 .json files, 3 of other splits" from {reason: count}, or ""."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+    """ "; left out: .json files 9, of other splits 3" from {reason: count}, or ""."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
     return f"; left out: {reasons}" if reasons else ""
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Call a script's main(). An error ends in one line and exit code 1; --debug shows where.
 
-    Of several processes only the first one speaks. The line of any process reaches torchrun, which
+    Under torchrun only the first process speaks. The line of any process reaches torchrun, which
     prints it at the end of its report.
     """
     debug = "--debug" in sys.argv
@@ -107,7 +106,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.argv.remove("--debug")
     else:
         logging.disable(logging.WARNING)  # warnings of open_clip, transformers and the hub
-        if os.environ.get("RANK", "0") != "0":
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
             sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         with one_line_errors("an unexpected error (--debug shows where)"):
@@ -168,7 +167,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:  # "\udc80" is a byte 80
             lines = (n for n, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
             line = next(lines)
-        raise BadInput(f"{path}, line {line}: it is not UTF-8 (iconv -f LATIN1 -t UTF-8)") from e
+        raise BadInput(
+            f"{path}, line {line}: it is not UTF-8 (iconv -f LATIN1, or -f UTF-16)"
+        ) from e
 
 
 class Entry(dict):
@@ -218,21 +219,24 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
                 left_out[entry["left_out"]] += 1
                 continue
             split = entry.pop("split", None)
-            text = " ".join(html.unescape(entry["caption"] or "").split())
+            # a caption that is no text: null, or NaN of pandas
+            text = entry["caption"] if isinstance(entry["caption"], str) else ""
+            text = " ".join(html.unescape(text).split())
             text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes "?"
             if splits and split not in splits:
                 left_out["of other splits"] += 1
-            elif not text or not entry["image"]:
+            elif not text or entry["image"] in (None, ""):
                 left_out["without a caption or an image"] += 1
             else:
-                captions.append({"id": number, **entry, "caption": text})
+                entry.update(image=str(entry["image"]), caption=text)
+                captions.append({"id": number, **entry})
             number += 1
     if not captions:
         of_splits = f" of split {' or '.join(splits)}" if splits else ""
         line = f"{path} holds no captions{of_splits}: docs/data.md says what is read"
         raise BadInput(line + counted(left_out))
     images = len({caption["image"] for caption in captions})
-    say(f"{path}: {len(captions):,} captions of {images:,} images{counted(left_out)}")
+    say(f"{path}: captions {len(captions):,}, images {images:,}{counted(left_out)}")
     return captions
 
 
@@ -248,7 +252,9 @@ def read_entries(path: Path) -> Iterator[dict]:
         elif kind == ".jsonl":
             yield from read_json(json.loads(line) for line in file if line.strip())
         else:
-            yield from read_json(json.load(file))
+            with one_line_errors(f"{path} is not JSON (the ending of JSON lines is .jsonl)"):
+                content = json.load(file)
+            yield from read_json(content)
 
 
 def read_folder(path: Path) -> Iterator[dict]:
@@ -344,7 +350,7 @@ def read_entry(entry: dict) -> Iterator[dict]:
     image = value_of_first(entry, IMAGE_KEYS)
     captions = value_of_first(entry, CAPTION_KEYS)
     kept = {key: entry[key] for key in ("box", "split") if key in entry}
-    for caption in [captions] if isinstance(captions, str) else captions:
+    for caption in captions if isinstance(captions, list) else [captions]:
         yield {**kept, "image": image, "caption": caption}
 
 
@@ -353,7 +359,7 @@ def value_of_first(entry: dict, keys: tuple[str, ...]) -> str | list[str]:
     values = [entry[key] for key in keys if key in entry]
     if not values:
         raise ValueError(f"none of {', '.join(keys)} is among {', '.join(entry)}")
-    filled = [value for value in values if value]
+    filled = [value for value in values if value not in (None, "")]
     return filled[0] if filled else ""
 
 
@@ -402,15 +408,13 @@ class Records(Dataset):
         self.digest = digest.hexdigest()  # of the whole file
         if look_for_images:
             check_images(images, names)
-        line = f"{path}: {len(self):,} captions of {len(names):,} images"
-        if clipped:
-            line += f", of which {clipped:,} regions are clipped to their image"
-        say(line + counted(left_out))
+        of_clipped = f", regions clipped to their image {clipped:,}" if clipped else ""
+        say(f"{path}: captions {len(self):,}, images {len(names):,}{of_clipped}{counted(left_out)}")
 
     def parse(self, line: bytes) -> tuple[str, list | None, list[str]]:
         record = json.loads(line)
         texts = [record["caption"]] + [record[kind] or "" for kind in self.kinds]
-        return record["image"], record.get("box"), texts
+        return str(record["image"]), record.get("box"), texts
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -484,9 +488,10 @@ def open_image(path: Path, box: tuple | None = None, black: bool = False, draft:
 
 # ---- Weights: files of ours, and third-party ones ------------------------------------------------
 
-# In a folder the first of these is read: two names of open_clip, then three of transformers.
+# In a folder the first of these is read: two names of open_clip, then four of transformers.
 WEIGHT_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-WEIGHT_FILES += ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+WEIGHT_FILES += ["model.safetensors", "model.safetensors.index.json"]
+WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 
 
 def as_dict(*default) -> dict:
@@ -530,7 +535,7 @@ def read_weights(path: Path) -> dict:
     if path.name.endswith(".index.json"):  # several files, and which one holds a weight
         content = {}
         for name in set(json.loads(path.read_text())["weight_map"].values()):
-            content.update(load_file(path.with_name(name)))
+            content.update(read_weights(path.with_name(name)))
         return content
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
@@ -552,6 +557,8 @@ def load_weights(model: nn.Module, content: dict) -> None:
     """Load the state dict that a file holds, bare or under one of four names. Prefixes that
     DistributedDataParallel and torch.compile leave are cut off. The names are open_clip's or
     transformers'. Raises an error if a weight is missing or unknown or has another size."""
+    from open_clip.model import resize_pos_embed  # here, because it takes seconds
+
     for key in ("state_dict", "model", "model_state_dict", "state_dict_ema"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -623,11 +630,14 @@ def read_transformers_config(folder: Path) -> tuple[bool, dict]:
     is QuickGELU, and open_clip's image_mean, image_std ..."""
     towers = json.loads((folder / "config.json").read_text())
     activation = towers.get("vision_config", {}).get("hidden_act", "quick_gelu")  # the default
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
-        say(f"warning: {path} is absent: the mean and deviation of OpenAI's images are assumed")
+    theirs = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):  # before and since version 5
+        if (folder / name).exists():
+            theirs = json.loads((folder / name).read_text())
+            theirs = theirs.get("image_processor", theirs)
+    if not theirs:
+        say(f"warning: {folder} does not say its image transforms: those of OpenAI are assumed")
         return activation == "quick_gelu", {}
-    theirs = json.loads(path.read_text())
     squashed = isinstance(theirs.get("size"), dict) and "height" in theirs["size"]
     return activation == "quick_gelu", {
         "image_mean": theirs["image_mean"],
@@ -640,6 +650,8 @@ def read_transformers_config(folder: Path) -> tuple[bool, dict]:
 def save_checkpoint(path: Path, loaded, **state) -> None:
     """The file is whole or absent. It holds plain tensors and numbers, so weights_only=True loads
     it, and so does open_clip: create_model_and_transforms(content["model"], pretrained=path)."""
+    from open_clip.model import get_model_preprocess_cfg  # here, because negatives.py needs none
+
     transform = get_model_preprocess_cfg(loaded.model)
     keys = [key for key in ("mean", "std", "interpolation", "resize_mode") if key in transform]
     content = {"model": loaded.name, "config": loaded.config}

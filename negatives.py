@@ -177,7 +177,9 @@ class MaskedLMFiller:
         self.candidates = candidates
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        with files.one_line_errors(f"{name} is not here (negatives.py --filler FOLDER or ngram)"):
+        with files.one_line_errors(
+            f"{name} cannot be used (negatives.py --filler FOLDER or ngram)"
+        ):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model, info = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True)
             if info["missing_keys"]:

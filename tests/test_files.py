@@ -118,7 +118,7 @@ def test_of_several_processes_the_first_one_speaks(monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(sys, "argv", ["x.py"])
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    for rank, spoken in {"0": ("done\n", "read\n"), "1": ("", "")}.items():
+    for rank, spoken in [("1", ("done\n", "read\n")), ("0", ("done\n", "read\n")), ("1", ("", ""))]:
         monkeypatch.setenv("RANK", rank)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(sys, "stdout", sys.stdout)  # run_main changes both
@@ -127,6 +127,19 @@ def test_of_several_processes_the_first_one_speaks(monkeypatch, tmp_path, capsys
         assert tuple(capsys.readouterr()) == spoken
         report = json.loads((tmp_path / "error.json").read_text())
         assert report["message"] == "x.py: error: a mistake"
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # only now it is torchrun's rank
+
+
+def test_benchmark_files(tmp_path):
+    for name, text in {
+        "a.jsonl": '{"a": "\u2028"}\n\n{"a": 2}\n',
+        "a.json": '{"x": {"a": 1}}',
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert [e["a"] for e in files.read_json_list(tmp_path / "a.jsonl")] == ["\u2028", 2]
+    [entry] = files.read_json_list(tmp_path / "a.json")
+    with pytest.raises(BadInput, match='a.json: no field b in {"a": 1}$'):
+        entry["b"]
 
 
 # ---- Captions files ------------------------------------------------------------------------------
@@ -138,6 +151,7 @@ URLS = [
     {"id": 1, "image": "https://c", "caption": '"x'},
 ]
 QUOTED = [ONE | {"caption": '"b'}, {"id": 1, "image": "c.jpg", "caption": 'd"'}]
+NUMBERED = [{"id": 0, "image": "0", "caption": "x"}]
 LIST = [{"image": "a.jpg", "caption": "A dog, 'wet'"}, {"image": "b.jpg", "caption": "two lines"}]
 SEVERAL = [LIST[0] | {"caption": ["A dog, 'wet'", "half a pair: \ud83d"]}]
 COCO = {"images": [{"id": 8, "file_name": "b.jpg"}, {"id": 7, "file_name": "a.jpg"}]}
@@ -158,14 +172,20 @@ FILES = {  # name: content, and the captions or an error
     "tab.csv": ('image,caption\na.jpg,"A\tdog, &#39;wet\'"\n', [ONE]),
     "negclip.tsv": ("\ttitle\tfilepath\tneg\n0\tA dog, 'wet'\ta.jpg\t['x']\n", [ONE]),
     "spaces.csv": ("image , caption\na.jpg, \"A dog, 'wet'\"\n", [ONE]),
-    "semicolons.csv": ("image;caption\na.jpg;A dog, 'wet'\n", [ONE]),
+    "semicolons.CSV": ("image;caption\na.jpg;A dog, 'wet'\n", [ONE]),
     "results.csv": ("image_name| comment_number| comment\na.jpg| 0| A dog, 'wet'\n", [ONE]),
     "one_bar_less.csv": ("image|comment_number|comment\na.jpg|0|A dog, 'wet'\nb.jpg|4 x\n", [ONE]),
     "bars.csv": ('image|comment\na.jpg|"b\nc.jpg|d"\n', QUOTED),
     "captions.txt": ("image,caption\na.jpg,\"A dog, 'wet'\"\nb.jpg,two lines\n", TWO),
     "a.token.txt": ("a.jpg#0\tA dog, 'wet'\nb.jpg#1\ttwo lines\n", TWO),
+    "quote.token": ('a.jpg#1\t"b\nc.jpg#0\td"\n', QUOTED),
     "results_20130124.token": ("a.jpg#0\tA dog, 'wet'\n", [ONE]),
     "null.jsonl": (json.dumps(ONE) + '\n{"image": "b.jpg", "caption": null}', [ONE]),
+    "nan.json": ('[{"id": 5, "image": 0, "caption": "x"}, {"image": 1, "caption": NaN}]', NUMBERED),
+    "lines.json": (
+        '{"image": "a"}\n{"image": "b"}\n',
+        "not JSON .the ending of JSON lines is .jsonl",
+    ),
     "nulls.json": (json.dumps([ONE | {"caption": ["A dog, 'wet'", None, " "]}]), [ONE]),
     "no_image.csv": ("image,caption\na.jpg,\"A dog, 'wet'\"\n,b\n", [ONE]),
     "empty.csv": ("image,filepath,caption,title\n,a.jpg,,\"A dog, 'wet'\"\n", [ONE]),
@@ -187,7 +207,7 @@ FILES = {  # name: content, and the captions or an error
     "c.jsonl": ('{"image": "a", "caption": "a"}\n{', f"{WRONG}JSONDecodeError"),
     "d.json": ('[{"caption": "b"}]', f"{WRONG}none of image, .*, url is among caption$"),
     "e.csv": ("image\na\n", f"{WRONG}none of caption, .* is among image$"),
-    "f.json": ('[{"image": "a.jpg", "caption": [1]}]', f"{WRONG}TypeError"),
+    "f.json": ('[{"image": "a.jpg", "caption": [1]}]', "holds no captions.* an image 1$"),
     "g.csv": ("image,caption\na,b\nc,caf\udce9\n", "line 3: it is not UTF-8 .iconv"),
     "h.csv": ("image,caption\na,b\nc\n", "line 3: too many or few fields"),
     "i.csv": ("caption,image\na,b,c\n", "line 2: too many or few fields"),
@@ -196,12 +216,13 @@ FILES = {  # name: content, and the captions or an error
     "j.csv": ('image,caption\na,b\nc.jpg,"d\ne,f\n', "line 3: a stray quotation mark"),
     "j.txt": ('image,caption\na.jpg,"b\nc.jpg,d"\n', "line 2: a stray quotation mark"),
     "k.tsv": ('caption\turl\n"a dog\tu1\na cat"\tu2\n', "line 2: a stray quotation mark"),
+    "m.csv": ('image,caption\na.jpg,"b\nb"\n\nc.jpg,"d\ne.JPG,f"\n', "line 4: a stray quotation"),
     "l.csv": ('caption,url\n"x",y\n"a,http://u\nb",http://v\n', "line 3: a stray quotation"),
 }
 
 
-LEFT_OUT = dict.fromkeys(("one_bar_less.csv", "null.jsonl", "no_image.csv"), "; left out: 1")
-LEFT_OUT["nulls.json"] = "; left out: 2"
+LEFT_OUT = dict.fromkeys(("one_bar_less.csv", "null.jsonl", "no_image.csv", "nan.json"), 1)
+LEFT_OUT["nulls.json"] = 2
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -211,8 +232,9 @@ def test_captions_files(tmp_path, capsys, name):
     if isinstance(expected, list):
         assert read_captions(path) == expected
         images = len({entry["image"] for entry in expected})
-        left_out = LEFT_OUT[name] + " without a caption or an image" if name in LEFT_OUT else ""
-        line = f"{path}: {len(expected)} captions of {images} images{left_out}\n"
+        left_out = f"; left out: without a caption or an image {LEFT_OUT.get(name)}"
+        left_out = left_out if name in LEFT_OUT else ""
+        line = f"{path}: captions {len(expected)}, images {images}{left_out}\n"
         assert capsys.readouterr().err == line
         return
     with pytest.raises(BadInput, match=f"^{path}[ ,][^\n]*{expected}[^\n]*$"):
@@ -224,7 +246,8 @@ def test_splits_and_boxes(tmp_path):
     path.write_text(json.dumps({"images": KARPATHY}))
     assert [c["caption"] for c in read_captions(path, ["test", "val"])] == ["two lines"]
     assert len(read_captions(path, ["test", "train"])) == 2
-    with pytest.raises(BadInput, match="holds no captions of split restval or val: docs/data"):
+    none = "holds no captions of split restval or val: .* is read; left out: of other splits 2"
+    with pytest.raises(BadInput, match=none):
         read_captions(path, ["restval", "val"])
     listed.write_text(json.dumps([LIST[0], LIST[1] | {"split": "test"}]))
     assert read_captions(listed, ["test"]) == TWO[1:]
@@ -254,11 +277,9 @@ def test_a_folder_as_img2dataset_leaves_it(tmp_path, capsys):
         (data / name).touch()
     captions = [(c["id"], c["image"], c["caption"]) for c in read_captions(data)]
     assert captions == [(n, k, " ".join(names[k].split())) for n, k in enumerate(names)]
-    left_out = (
-        "2 .json files, 2 hidden files, 1 images without a .txt, 1 links to a folder that is "
-    )
-    left_out += "read already, 1 other files"
-    assert capsys.readouterr().err == f"{data}: 7 captions of 7 images; left out: {left_out}\n"
+    left_out = ".json files 2, hidden files 2, images without a .txt 1, "
+    left_out += "links to a folder that is read already 1, other files 1"
+    assert capsys.readouterr().err == f"{data}: captions 7, images 7; left out: {left_out}\n"
     (tmp_path / "2").mkdir()
     with pytest.raises(BadInput, match="2 holds no captions: docs/data.md says"):
         read_captions(tmp_path / "2")
@@ -310,6 +331,7 @@ def test_regions_are_cropped_and_large_jpegs_decoded_at_a_fraction_of_their_size
     sizes = {(-3, 2, 5, 99): (5, 6), (1.2, 0.9, 3.6, 4.4): (3, 3), (0, 5, inf, 9): (8, 3)}
     for box, size in sizes.items():
         assert files.open_image(path, box).size == size  # nothing black beyond the border
+    assert files.part_inside((-1, -1, 99, 99), (40, 30)) == (0, 0, 40, 30)
 
     Image.new("L", (640, 480)).save(path := tmp_path / "a.jpg")
     sizes = [files.open_image(path, draft=draft).size for draft in (0, 224, 400)]
@@ -441,8 +463,8 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     (tmp_path / "pytorch_model.bin").write_text("not read")
     loaded = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
-    warning = f"warning: {tmp_path}/preprocessor_config.json is absent: the mean and deviation of "
-    assert f"{warning}OpenAI's images are assumed\n" in capsys.readouterr().err
+    warning = f"warning: {tmp_path} does not say its image transforms: those of OpenAI are assumed"
+    assert f"{warning}\n" in capsys.readouterr().err
     images, tokens = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a dog", "a red cat eats"])
     with torch.no_grad():
         expected = theirs(input_ids=tokens, pixel_values=images)
@@ -455,15 +477,27 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
     again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
     assert flat(again.model.state_dict()) == flat(loaded.model.state_dict())
     assert (again.config["quick_gelu"], again.name) == (activation == "quick_gelu", "tiny")
-    photo = Image.effect_noise((40, 30), 50).convert("RGB")
-    for size, mode in ({"shortest_edge": 32}, 32), ({"height": 32, "width": 32}, (32, 32)):
+    photo, name = Image.effect_noise((40, 30), 50).convert("RGB"), "preprocessor_config.json"
+    sizes = [(32, 32), ({"shortest_edge": 32}, 32), ({"height": 32, "width": 32}, (32, 32))]
+    for size, mode in sizes:  # the first is that of old files
         processor = {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2, "size": size}
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        (tmp_path / name).write_text(json.dumps(processor))
         again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
         assert f"Resize(size={mode}, interpolation=bilinear" in str(again.eval_transform)
         assert "mean=[0.5, 0.5, 0.5], std=[0.4, 0.4, 0.4]" in str(again.eval_transform)
+        (tmp_path / name).unlink()
+        name = "processor_config.json"  # of transformers 5
+        (tmp_path / name).write_text(json.dumps({"image_processor": processor}))
+        assert str(
+            ce_clip.load_model(str(tmp_path), str(world / "tiny.json")).eval_transform
+        ) == str(again.eval_transform)
     assert capsys.readouterr().err.count("warning") == 1
     assert features(again, photo).isfinite().all()
+    (tmp_path / "config.json").write_text("{}")  # transformers leaves out what is its default
+    again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    assert again.config["quick_gelu"]
+    (tmp_path / "adapter_config.json").write_text("{}")  # that was merged
+    assert ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
 
 
 def test_an_adapter_is_to_be_merged_first(world, tmp_path):
@@ -482,6 +516,9 @@ def test_a_clip_with_a_logit_bias(world, tmp_path):
     files.save_checkpoint(tmp_path / "ours.pt", loaded)
     again = ce_clip.load_model(str(tmp_path / "ours.pt"))
     assert again.model.logit_bias == -10
+    tokens = again.tokenizer(["a dog", "a red cat eats"])
+    expected = theirs.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(ce_clip.encode_text(again.model, tokens), expected)
 
 
 def test_weights_of_other_sizes(world, tmp_path, capsys):

@@ -212,6 +212,7 @@ def test_a_negative_whose_change_is_cut_off_does_not_exist(world, tmp_path, caps
     files.say_once.cache_clear()
     _, output = run(tiny(world, tmp_path / "x", "--data", tmp_path / "long.jsonl"))
     assert output.count("negatives that are cut off before they differ count as missing") == 1
+    assert "cut off" not in run(tiny(world, tmp_path / "whole"))[1]
     log = read_log(tmp_path / "x")
     assert (log[2]["same_tokens"], log[5]["same_tokens"]) == (cut, 2 * cut)
 
@@ -497,8 +498,8 @@ def test_regions_outside_their_image_are_left_out(world, tmp_path):
     records[0]["caption"] = ""
     (tmp_path / "vg.jsonl").write_text("\n".join(map(json.dumps, records)))
     code, output = run(tiny(world, tmp_path / "x", "--data", tmp_path / "vg.jsonl", "--epochs", 1))
-    counts = "vg.jsonl: 11 captions of 11 images, of which 6 regions are clipped to their image; "
-    counts += "left out: 12 regions outside their image, 1 without a caption\n"
+    counts = "vg.jsonl: captions 11, images 11, regions clipped to their image 6; "
+    counts += "left out: regions outside their image 12, without a caption 1\n"
     assert (code, counts in output) == (0, True), output
     kept = files.Records(tmp_path / "vg.jsonl", world, [])
     assert [kept[i][0].name for i in range(3)] == ["1.png", "4.png", "5.png"]
