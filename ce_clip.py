@@ -370,7 +370,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    same = 0  # how many negatives have had the same tokens as their caption
+    same = 0  # negatives with their caption's tokens, since the last line of the log
     bar = tqdm(batches, str(out), total, initial=start, unit="step", disable=rank() > 0)
     for step, (images, tokens, valid) in enumerate(bar, start + 1):
         lr = args.lr * lr_factor(step - 1, args.warmup, total)
@@ -408,6 +408,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 line[f"threshold_{kind}"] = value.item()
             line["same_tokens"] = gather(torch.tensor([same], device=device)).sum().item()
             write_log(out / "log.jsonl", line)
+            same = 0
             bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         threshold = next_threshold
         if save and rank() == 0:
@@ -589,7 +590,8 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
         elif (path / "config.json").exists():
             quick_gelu, preprocess = files.read_transformers_config(path)
             config = build_model(name).config | {"quick_gelu": quick_gelu}
-            loaded = build_model(Path(name).stem, None, config, preprocess)
+            name = Path(name).stem.removesuffix("-quickgelu") + ("-quickgelu" if quick_gelu else "")
+            loaded = build_model(name, None, config, preprocess)
         else:
             loaded = build_model(name)
             files.say(
@@ -603,8 +605,8 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
 def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
     """A model with random weights, or with those of a tag.
 
-    name        of a model of open_clip, "xvlm", or the path of a model config (.json); one that
-                begins with hf-hub: or local-dir: brings weights of open_clip
+    name        of a model of open_clip, "xvlm", or the path of a model config (.json); a name that
+                begins with hf-hub: or local-dir: brings open_clip's weights along
     tag         of open_clip's weights. Those of OpenAI and some others need QuickGELU, about which
                 open_clip 3 only warns: they get the model whose name ends in -quickgelu
     config      what `name` means, and
@@ -619,20 +621,23 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
 
         model, *transforms_and_tokenizer = xvlm.build(config or xvlm.CONFIG)
         return Loaded(model, name, config or xvlm.CONFIG, *transforms_and_tokenizer)
-    if config and open_clip.get_model_config(name) != config:
-        with tempfile.TemporaryDirectory() as folder:  # open_clip learns a config from a file
-            path = Path(folder, f"{name}.json")
-            path.write_text(json.dumps(config))
-            open_clip.add_model_config(path)
     if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
         name = name.removesuffix("-quickgelu") + "-quickgelu"
+    known, known_as = open_clip.get_model_config(name), name  # what open_clip calls it
+    if config and known != config:  # open_clip learns a config from a file
+        if known:  # another config has this name, and keeps it
+            known_as = f"{name}-{files.sha256(json.dumps(config))[:8]}"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{known_as}.json")
+            path.write_text(json.dumps(config))
+            open_clip.add_model_config(path)
     what = f"{name} {tag}" if tag else name
     has_weights = name.startswith(("hf-hub:", "local-dir:"))
     with one_line_errors(f"{what} is not a model that open_clip can build (offline: name a file)"):
         options = {"pretrained": tag, "require_pretrained": has_weights, **(preprocess or {})}
-        model, *transforms = open_clip.create_model_and_transforms(name, **options)
-        tokenizer = open_clip.get_tokenizer(name)
-        config = open_clip.get_model_config(name)
+        model, *transforms = open_clip.create_model_and_transforms(known_as, **options)
+        tokenizer = open_clip.get_tokenizer(known_as)
+        config = open_clip.get_model_config(known_as)
     if has_weights:  # from now on the model is called like its folder or repository
         name = Path(name.partition(":")[2]).resolve().name
     return Loaded(model, name, config, *transforms, tokenizer)
@@ -652,7 +657,7 @@ def parse_args() -> argparse.Namespace:
     add("--no-augmentation", action="store_true", help="images as in evaluation [for toy.sh]")
     add("--workers", type=at_least(0), default=4, help="loader processes [authors' code: 0]")
     add("--model", default=DEFAULT_MODEL, help="open_clip's name, xvlm, or a .json [Sec. 4.1]")
-    add("--pretrained", default="openai", help="open_clip's tag, a file, or none [Sec. 4.1]")
+    add("--pretrained", default="openai", help="tag, file, folder, hf-hub:..., or none [Sec. 4.1]")
     add("--lock-image", action="store_true", help="train the text tower (and a timm tower's head)")
     add("--losses", choices=LOSSES, default=LOSSES[0], help="[Eq. 8, Table 4]")
     add("--kinds", nargs="+", choices=KINDS, default=PAPER_KINDS, help="[Fig. 4; Sec. 4.4]")
@@ -689,7 +694,9 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "WORLD_SIZE" in os.environ:  # hours may pass while one process makes negatives
-        with one_line_errors("WORLD_SIZE is set: start with torchrun, or unset WORLD_SIZE"):
+        with one_line_errors(
+            "the processes did not find each other (without torchrun, unset WORLD_SIZE)"
+        ):
             dist.init_process_group(timeout=timedelta(days=1))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train(args, device)

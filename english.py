@@ -135,8 +135,8 @@ PLACES += " room kitchen bathroom bedroom hallway office restaurant store zoo ai
 SORTS = [set(group.split()) for group in (PEOPLE, ANIMALS, PLACES)]
 
 KNOWN = set().union(*SYNONYMS, *SORTS, *CONTRAST["attribute"], *CONTRAST["action"])
-for names, kinds in HYPERNYMS:
-    KNOWN.update(names.split(), kinds.split())
+KNOWN.update(*(names.split() + kinds.split() for names, kinds in HYPERNYMS))
+KNOWN.update("café décor naïve façade sauté purée entrée soufflé jalapeño piñata".split())
 
 # The commonest languages in Latin script of which spaCy has stop words: see Tagger.is_english.
 LANGUAGES = "ca cs da de es fi fr hu id it nb nl pl pt ro sv tr vi".split()
@@ -382,21 +382,26 @@ class Tagger:
             yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower()) for t in doc]
 
     def is_english(self, words: list[Word]) -> bool:
-        """A guess: half of the letters are Latin; English knows as many of the words as any other
-        language does, and as have letters such as "ä"; if it knows none, not more than half of the
-        words are names. Three words or fewer are too few to tell: they pass as names, and one of
-        them may be foreign ("bent knee" is Dutch, too)."""
+        """A guess, from how many of the words are known in English, and how many elsewhere.
+
+        English knows its stop words and those of our lists; another language knows its stop words.
+        A caption of three words or fewer is too short to tell: it counts as if English knew one
+        more, because it may be a name, or have one word that is foreign, too ("bent knee").
+        """
         letters = [letter for letter in text_of(words) if letter.isalpha()]
-        latin = 2 * sum(letter.isascii() for letter in letters) >= len(letters)
+        if 2 * sum(letter.isascii() for letter in letters) < len(letters):
+            return False  # most of it is not in Latin script
         spelt = [word for word in words if word.text.isalpha()]
         texts = [word.text.lower() for word in spelt]
-        few = len(words) <= 3
         known = sum(w.text.lower() in self.common or w.lemma in self.common for w in spelt)
+        if len(words) <= 3:
+            known += 1
         elsewhere = [sum(text in stop_words for text in texts) for stop_words in self.foreign]
-        marked = sum(not text.isascii() for text in texts)
+        accented = sum(not text.isascii() for text in texts)  # "ä"
+        if known < max(*elsewhere, accented):
+            return False
         names = sum(word.pos in ("PROPN", "X") for word in words)
-        tells = known or few or 2 * names <= len(words)
-        return bool(latin and known + few >= max(*elsewhere, marked) and tells)
+        return known > 0 or 2 * names <= len(words)
 
     def tags(self, filled: list[tuple[list[Word], int, str]]) -> list[str]:
         """The fine tag of each new word in its caption, given as (words, position, new word)."""

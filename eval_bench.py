@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import files
 from ce_clip import DEFAULT_MODEL, Loaded, encode_text, load_model
-from files import BadInput, at_least, one_line_errors
+from files import BadInput, ImagePart, at_least, one_line_errors
 
-# group: the subset, relation or kind that an average is taken over
-# image: its path; a box (left, top, right, bottom) in pixels, or None; in ARO also True: see aro
+# An item: an ImagePart, its true and its false caption; an average is taken over those of a group
+# (a subset, a relation, a kind).
 Item = namedtuple("Item", "group image positive negative")
 
 
@@ -54,16 +54,19 @@ class Cell:  # a number of a table, in %
 class Log:  # what the function of a benchmark notes down besides the cells that it returns
     blind: bool = False  # a setting: whether blind and looking are to be computed
     decisions: list[dict] = field(default_factory=list)  # the lines of items.jsonl
-    absent: list[str] = field(default_factory=list)  # files and images that are not there
+    absent: list[str] = field(default_factory=list)  # files that are not there
+    absent_images: list[ImagePart] = field(default_factory=list)
 
     def note_if_absent(self, path: Path) -> bool:
         if not path.exists():
             self.absent.append(str(path))
         return not path.exists()
 
-    def note_absent_images(self, images: list[tuple]) -> None:
-        if images:
-            self.absent.insert(0, f"images ({len(images)}), the first is {images[0][0]}")
+    def all_absent(self) -> list[str]:
+        images = len(set(self.absent_images))
+        if not images:
+            return self.absent
+        return [f"images ({images}), the first is {self.absent_images[0].path}", *self.absent]
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
@@ -103,7 +106,7 @@ class Scorer:
         self.tokens = {}  # text -> its tokens (L,)
 
     @torch.inference_mode()
-    def encode(self, images: Iterable[tuple], texts: Iterable[str]) -> None:
+    def encode(self, images: Iterable[ImagePart], texts: Iterable[str]) -> None:
         """Encode what is new. A batch has texts of similar length, so that encode_text is fast."""
         new = [image for image in dict.fromkeys(images) if image not in self.images]
         for batch, pixels in self.batches(new):
@@ -117,7 +120,7 @@ class Scorer:
             self.texts.update(zip(batch, finite(encode_text(self.model, tokens))))
 
     @torch.inference_mode()
-    def match(self, texts_of: dict[tuple, Iterable[str]]) -> dict[tuple, float]:
+    def match(self, texts_of: dict[ImagePart, Iterable[str]]) -> dict[tuple, float]:
         """{(image, text): an X-VLM's logit that they match (ITM)}. It encodes the images, too."""
         matches = {}
         for batch, pixels in self.batches(list(texts_of)):
@@ -131,14 +134,14 @@ class Scorer:
                 matches[batch[n], text] = logit
         return matches
 
-    def batches(self, images: list[tuple]) -> Iterator[tuple[list[tuple], Tensor]]:
+    def batches(self, images: list[ImagePart]) -> Iterator[tuple[list[ImagePart], Tensor]]:
         load = functools.partial(load_images, transform=self.transform)
         loader = DataLoader(images, self.batch_size, num_workers=self.workers, collate_fn=load)
         for batch, pixels in tqdm(loader, "images", unit="batch", leave=False):
             yield batch, pixels.to(self.device)
 
 
-def load_images(batch: list[tuple], transform) -> tuple[list[tuple], Tensor]:
+def load_images(batch: list[ImagePart], transform) -> tuple[list[ImagePart], Tensor]:
     return batch, torch.stack([transform(files.open_image(*image)) for image in batch])
 
 
@@ -168,13 +171,11 @@ def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
 def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -> list[dict]:
     """A line for each item whose image is there, also for the log; with `itm` an X-VLM matches."""
     texts_of = defaultdict(dict)  # image -> its texts as keys: each once, and in order
-    absent = {}  # as keys, the same
     for item in items:
         if item.image in texts_of or files.is_there(*item.image):
             texts_of[item.image].update({item.positive: None, item.negative: None})
         else:
-            absent[item.image] = None
-    log.note_absent_images(list(absent))
+            log.absent_images.append(item.image)
     matches = scorer.match(texts_of) if itm and hasattr(scorer.model, "match") else {}
     scorer.encode(texts_of, (text for texts in texts_of.values() for text in texts))
     lines = [score_item(scorer, item, matches) for item in items if item.image in scorer.images]
@@ -246,10 +247,10 @@ def is_tie(line: dict) -> bool:
 def with_other_images(items: list[Item]) -> list[Item]:
     """Each item with another item's image, drawn from those that have another path, if any have."""
     rng, swapped = random.Random(0), []
-    if len({item.image[0] for item in items}) > 1:
+    if len({item.image.path for item in items}) > 1:
         for item in items:
             other = item
-            while other.image[0] == item.image[0]:
+            while other.image.path == item.image.path:
                 other = rng.choice(items)
             swapped.append(item._replace(image=other.image))
     return swapped
@@ -270,14 +271,15 @@ def aro(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     """arXiv 2210.01936, Table 1. Means over pairs of attributes with 25 items or more, and over
     relations except for 157, such as symmetric ones, that ARO's notebook and the paper's authors
     leave out. An image is cropped to the box around its two objects; beyond its border all is
-    black (True)."""
+    black."""
     cells = {}
     for task in ("relation", "attribution"):
         items = []
         for e in read_entries(root / f"aro/visual_genome_{task}.json", log):
             group = e["relation_name"] if task == "relation" else "_".join(e["attributes"])
             x, y, width, height = (e[f"bbox_{side}"] for side in "xywh")
-            image = (root / "aro/images" / e["image_path"], (x, y, x + width, y + height), True)
+            box = (x, y, x + width, y + height)
+            image = ImagePart(root / "aro/images" / e["image_path"], box, black=True)
             items.append(Item(group, image, e["true_caption"], e["false_caption"]))
         groups = accuracies(scorer, items, log, itm=True)
         counted = [cell for name, cell in groups.items() if name not in ARO_DROPPED]
@@ -317,7 +319,7 @@ def valse(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
         for e in read_entries(root / f"valse/{name}.json", log):
             if e["mturk"]["caption"] >= 2:
                 start = next(start for start in VALSE_FOLDERS if e["image_file"].startswith(start))
-                image = (root / VALSE_FOLDERS[start] / e["image_file"], None)
+                image = ImagePart(root / VALSE_FOLDERS[start] / e["image_file"])
                 items.append(Item(name, image, e["caption"], e["foil"]))
     groups = accuracies(scorer, items, log, itm=True)
     cells = {column: mean(groups[name] for name in VALSE[column]) for column in VALSE}
@@ -348,7 +350,7 @@ def vlc_file(scorer: Scorer, root: Path, name: str, log: Log, rows: int) -> Cell
     folder = root / config["IMG_ROOT"].strip("/")
     items = []
     for image, texts in read_entries(root / "vl_checklist" / config["ANNO_PATH"], log):
-        items.append(Item(name, (folder / image, None), texts["POS"][0], texts["NEG"][0]))
+        items.append(Item(name, ImagePart(folder / image), texts["POS"][0], texts["NEG"][0]))
     return accuracies(scorer, items[: rows or None], log)[name]
 
 
@@ -381,7 +383,7 @@ def sugarcrepe(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     subsets = [subset for of_kind in SUGARCREPE.values() for subset in of_kind]
     for subset in subsets:
         for e in read_entries(root / f"sugarcrepe/{subset}.json", log):
-            image = (root / "coco/val2017" / e["filename"], None)
+            image = ImagePart(root / "coco/val2017" / e["filename"])
             items.append(Item(subset, image, e["caption"], e["negative_caption"]))
     groups = accuracies(scorer, items, log)
     cells = {subset: groups[subset] for subset in subsets}
@@ -397,8 +399,8 @@ def sugarcrepe_pp(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     for subset in SUGARCREPE["REPLACE"] + SUGARCREPE["SWAP"]:
         entries = []  # of two items, one for each true caption
         for e in read_entries(root / f"sugarcrepe_pp/{subset}.json", log):
-            image, negative = (root / "coco/val2017" / e["filename"], None), e["negative_caption"]
-            captions = (e["caption"], e["caption2"])
+            image = ImagePart(root / "coco/val2017" / e["filename"])
+            negative, captions = e["negative_caption"], (e["caption"], e["caption2"])
             entries.append([Item(subset, image, caption, negative) for caption in captions])
         cells[f"ITT {subset}"] = all_right(scorer, entries, log)
         # The text-only task also needs the texts whose image is absent.
@@ -425,35 +427,35 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
     caption. Text: each image is closer to its own caption. Image: each caption is closer to its own
     image. Group: both. GroupMatch (arXiv 2510.07632): the sum of the two own scores is higher than
     that of the other two. Chance: 25, 25, 16.7, 50. A tie is wrong. An entry may have a group."""
-    items, absent, total = [], [], Counter()
+    items, total = [], Counter()
     for e in read_entries(root / name / "examples.jsonl", log):
-        paths = [root / name / "images" / e[f"image_{n}"] for n in (0, 1)]
-        one, two = ((path if path.suffix else path.with_suffix(".png"), None) for path in paths)
-        group = e.get("group", "")
+        group = e.get("group") or ""
         total.update({"", group})  # "": all entries
-        missing = [image for image in (one, two) if not files.is_there(*image)]
-        absent += missing
-        if not missing:
-            items.append(Item(group, one, e["caption_0"], e["caption_1"]))
-            items.append(Item(group, two, e["caption_1"], e["caption_0"]))
-    log.note_absent_images(absent)
+        paths = [root / name / "images" / e[f"image_{n}"] for n in (0, 1)]
+        images = [ImagePart(path if path.suffix else path.with_suffix(".png")) for path in paths]
+        absent = [image for image in images if not files.is_there(*image)]
+        log.absent_images += absent
+        if not absent:
+            items.append(Item(group, images[0], e["caption_0"], e["caption_1"]))
+            items.append(Item(group, images[1], e["caption_1"], e["caption_0"]))
     lines = score_items(scorer, items, log)
-    leads = defaultdict(list)  # (group, column) -> for each entry the lead that decides
+    cells, right = defaultdict(Cell), defaultdict(list)
     for line_0, line_1 in zip(lines[::2], lines[1::2]):
         (own_0, other_0), (own_1, other_1) = line_0["scores"], line_1["scores"]
         text = min(own_0 - other_0, own_1 - other_1)
         image = min(own_0 - other_1, own_1 - other_0)
         match = own_0 + own_1 - (other_0 + other_1)
-        for group in {"", line_0["group"]}:
-            leads[group, "Text"].append(text)
-            leads[group, "Image"].append(image)
-            leads[group, "Group"].append(min(text, image))
-            leads[group, "GroupMatch"].append(match)
-    cells = {}
-    for (group, column), of_column in sorted(leads.items(), key=lambda item: item[0][0]):
-        right = [lead > 0 for lead in of_column]
-        cell = Cell(percent(right), len(right), total[group], of_column.count(0))
-        cells[f"{group} {column}".strip()] = cell
+        leads = {"Text": text, "Image": image, "Group": min(text, image), "GroupMatch": match}
+        same = line_0["same_tokens"]
+        for group in {"": None, line_0["group"]: None}:
+            for column, lead in leads.items():
+                column = f"{group} {column}".strip()
+                right[column].append(lead > 0 and not same)
+                cells[column].total = total[group]
+                cells[column].ties += lead == 0 and not same
+                cells[column].same_tokens += same
+    for column, of_column in right.items():
+        cells[column].value, cells[column].scored = percent(of_column), len(of_column)
     return cells
 
 
@@ -467,7 +469,7 @@ def whatsup(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     for name, file in WHATSUP.items():
         entries = []
         for e in read_entries(root / "whatsup/data" / file, log):
-            image = (root / "whatsup" / e["image_path"], None)
+            image = ImagePart(root / "whatsup" / e["image_path"])
             right, *wrong = e["caption_options"]
             entries.append([Item(name, image, right, text) for text in wrong])
         cells[name] = all_right(scorer, entries, log)
@@ -480,7 +482,7 @@ def generated_negatives(scorer: Scorer, path: Path, folder: Path, log: Log) -> d
     with one_line_errors(f"{path} is not a file of negatives.py"), path.open("rb") as file:
         for record in map(json.loads, file):
             box = tuple(record["box"]) if record.get("box") else None
-            image = (folder / record["image"], box)
+            image = ImagePart(folder / record["image"], box)
             for kind, text in record.items():
                 if isinstance(text, str) and kind not in ("id", "image", "caption"):
                     items.append(Item(kind, image, record["caption"], text))
@@ -500,11 +502,11 @@ def retrieval(scorer: Scorer, captions: Path, folder: Path, log: Log, splits=())
     if log.note_if_absent(captions):
         return {}
     records = files.read_captions(captions, splits)
-    images = [(folder / record["image"], None) for record in records]
-    scored = sum(path.exists() for path, _ in images)
-    if scored < len(records):
-        absent = [image for image in dict.fromkeys(images) if not files.is_there(*image)]
-        log.note_absent_images(absent)
+    images = [ImagePart(folder / record["image"]) for record in records]
+    absent = [image for image in images if not files.is_there(*image)]
+    scored = len(records) - len(absent)
+    if absent:
+        log.absent_images += absent
         return dict.fromkeys(("I2T R@5", "T2I R@5"), Cell(None, scored, len(records)))  # Table 5
     texts = [pre_caption(record["caption"]) for record in records]
     scorer.encode(images, texts)
@@ -622,7 +624,8 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     """A benchmark's table: the paper's rows, ours, and their differences from the base."""
     *_, cells = rows.values()  # all rows have the same columns
     if not any(cell.scored for cell in cells.values()):
-        return f"{TITLES[name]} is not scored. Absent: {absent[0]}; see docs/benchmarks.md"
+        why = f"Absent: {absent[0]}" if absent else "It has no items"
+        return f"{TITLES[name]} is not scored. {why}; see docs/benchmarks.md"
     table = paper_rows(name)
     for row, cells in rows.items():
         table[row] = cells
@@ -698,7 +701,7 @@ def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace, log: Log)
 def describe(args: argparse.Namespace) -> None:
     """--image: the texts in the order of their similarity to it, for each checkpoint."""
     for row, loaded in checkpoints(args):
-        scorer, image = Scorer(loaded), (args.image, None)
+        scorer, image = Scorer(loaded), ImagePart(args.image)
         scorer.encode([image], args.texts)
         cosines = [(scorer.images[image] @ scorer.texts[text]).item() for text in args.texts]
         print(row)
@@ -753,7 +756,7 @@ def main() -> None:
             with one_line_errors(f"{name} has a file of another form (docs/benchmarks.md)"):
                 results[name][row] = run_benchmark(name, scorer, args, log)
             scored += sum(cell.scored for cell in results[name][row].values())
-            absent[name] = log.absent  # the same for every checkpoint
+            absent[name] = log.all_absent()  # the same for every checkpoint
             for decision in log.decisions:
                 lines.append(json.dumps({"benchmark": name, "row": row} | decision, default=str))
     if rows := table_5(results):

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from files import one_line_errors, open_image, run_main
+from files import ImagePart, is_there, one_line_errors, open_image, run_main, say
 from negatives import KINDS
 
 TASKS = {"aro": ["Relation", "Attribution"], "valse": ["Avg 11 files"], "vlc": ["Avg"]}
@@ -95,11 +95,11 @@ def curves(path: Path, title: str, label: str, log: list[dict], columns: list[st
 
 
 def image_sheet(path: Path, panels: list[tuple]) -> None:
-    """Ten of the panels, from all over the list: path, box or None, lines of (text, colour)."""
+    """Ten of the panels, from all over the list: an ImagePart, lines of (text, colour)."""
     figure = new_figure(16, 10)
-    for n, (image, box, lines) in enumerate(panels[:: 1 + len(panels) // 10], 1):
+    for n, (image, lines) in enumerate(panels[:: 1 + len(panels) // 10], 1):
         axes = figure.add_subplot(5, 2, n)
-        axes.imshow(open_image(image, box).resize((256, 256)))
+        axes.imshow(open_image(*image).resize((256, 256)))
         axes.axis("off")
         axes.set_anchor("W")
         for row, (text, color) in enumerate(lines):
@@ -159,10 +159,10 @@ def draw_items(items: list[dict], out: Path) -> None:
     for item in items:
         if not item["image"]:  # SugarCrepe++'s text-only task
             continue
-        path, box = item["image"][:2]
+        path, box, black = ImagePart(*item["image"])
+        image = ImagePart(path, box and tuple(box), black)
         name, answer = short(item["row"]), "right" if item["right"] else "wrong"
-        key = (path, box and tuple(box), item["positive"], item["negative"])
-        decided[key][answer].append(name)
+        decided[image, item["positive"], item["negative"]][answer].append(name)
         if item["benchmark"] in ("aro", "pairs"):
             for what in ("similarity", "gap"):
                 values[item["benchmark"], what, name].append(100 * item[what])
@@ -174,10 +174,10 @@ def draw_items(items: list[dict], out: Path) -> None:
     for benchmark, panels in figures.items():
         bars(out / f"fig8-{benchmark}.png", COSINE, panels, {}, "99 % bootstrap interval")
     sheet = []
-    for (path, box, positive, negative), rows in decided.items():
+    for (image, positive, negative), rows in decided.items():
         if rows["right"] and rows["wrong"]:
             lines = [(f"{answer}: {', '.join(of)}", "gray") for answer, of in rows.items()]
-            sheet.append((path, box, [(positive, GREEN), (negative, RED), *lines]))
+            sheet.append((image, [(positive, GREEN), (negative, RED), *lines]))
     image_sheet(out / "fig9-10.png", sheet)
 
 
@@ -195,7 +195,7 @@ def draw_negatives(records: list[dict], images: Path, path: Path) -> None:
         if record["relation"]:
             lines = [(f"{kind}: {record[kind]}", RED) for kind in KINDS if record.get(kind)]
             lines.insert(0, (record["caption"], GREEN))
-            sheet.append((images / record["image"], record.get("box"), lines))
+            sheet.append((ImagePart(images / record["image"], record.get("box")), lines))
     image_sheet(path, sheet)
 
 
@@ -211,7 +211,11 @@ def write_page(records: list[dict], images: Path, path: Path, sample: int, seed:
         made = [record for record in records if record.get(kind)]
         parts.append(f"<h2>{kind}: {len(made)} of {len(records)} captions</h2>")
         for record in random.Random(seed).sample(made, min(sample, len(made))):
-            image = open_image(images / record["image"], record.get("box"))
+            part = ImagePart(images / record["image"], record.get("box"))
+            if not is_there(*part):
+                say(f"left out: {part.path} is absent, or its region {part.box} lies outside it")
+                continue
+            image = open_image(*part)
             image.thumbnail((320, 160))
             image.save(jpeg := io.BytesIO(), "JPEG")
             source = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()

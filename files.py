@@ -18,7 +18,7 @@ import sys
 import time
 import zipfile
 from array import array
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PosixPath
 from typing import TextIO
@@ -96,8 +96,8 @@ def counted(counts: Counter) -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Call a script's main(). An error ends in one line and exit code 1; --debug shows where.
 
-    Under torchrun only the first process speaks. The line of any process reaches torchrun, which
-    prints it at the end of its report.
+    Under torchrun only the first process prints, unless --debug is given. The error of any process
+    reaches torchrun, which prints it at the end of its report.
     """
     debug = "--debug" in sys.argv
     if hasattr(sys.stdout, "reconfigure"):
@@ -165,11 +165,11 @@ def open_text(path: Path) -> Iterator[TextIO]:
             yield file
     except UnicodeDecodeError as e:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:  # "\udc80" is a byte 80
-            lines = (n for n, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
-            line = next(lines)
-        raise BadInput(
-            f"{path}, line {line}: it is not UTF-8 (iconv -f LATIN1, or -f UTF-16)"
-        ) from e
+            number = 1
+            while not re.search("[\udc80-\udcff]", file.readline()):
+                number += 1
+        where = f"{path}, line {number}"
+        raise BadInput(f"{where}: it is not UTF-8 (iconv -f LATIN1, or -f UTF-16)") from e
 
 
 class Entry(dict):
@@ -185,13 +185,20 @@ class Entry(dict):
 
 def read_json_list(path: Path) -> list:
     """The items of a benchmark's file: a JSON list, the values of a JSON object, or JSON lines."""
+    new_entry = functools.partial(Entry, path=path)
     with one_line_errors(f"{path} is not a JSON list or object"), open_text(path) as file:
-        text = file.read().strip()
         if path.suffix == ".jsonl":
-            lines = [line for line in text.split("\n") if line.strip()]
-            text = f"[{','.join(lines)}]"
-        content = json.loads(text, object_hook=lambda fields: Entry(fields, path))
+            return list(read_json_lines(file, new_entry))
+        content = json.load(file, object_hook=new_entry)
         return list(content.values() if isinstance(content, dict) else content)
+
+
+def read_json_lines(file: TextIO, new_object: Callable[[dict], dict] = dict) -> Iterator[dict]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            with one_line_errors(f"{file.name}, line {number}, is not JSON"):
+                content = json.loads(line, object_hook=new_object)
+            yield content
 
 
 # ---- Captions files ------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ def read_json_list(path: Path) -> list:
 IMAGE_KEYS = ("image", "filepath", "file_name", "image_name", "url")
 CAPTION_KEYS = ("caption", "title", "text", "comment")
 IMAGE_ENDINGS = ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .avif".split()
-A_ROW = re.compile("|".join(map(re.escape, IMAGE_ENDINGS)) + "|://", re.I)  # an image or an address
+IMAGE_OR_ADDRESS = re.compile("|".join(map(re.escape, IMAGE_ENDINGS)) + "|://", re.IGNORECASE)
 
 
 def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
@@ -219,7 +226,6 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
                 left_out[entry["left_out"]] += 1
                 continue
             split = entry.pop("split", None)
-            # a caption that is no text: null, or NaN of pandas
             text = entry["caption"] if isinstance(entry["caption"], str) else ""
             text = " ".join(html.unescape(text).split())
             text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes "?"
@@ -236,7 +242,7 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
         line = f"{path} holds no captions{of_splits}: docs/data.md says what is read"
         raise BadInput(line + counted(left_out))
     images = len({caption["image"] for caption in captions})
-    say(f"{path}: captions {len(captions):,}, images {images:,}{counted(left_out)}")
+    say_once(f"{path}: captions {len(captions):,}, images {images:,}{counted(left_out)}")
     return captions
 
 
@@ -250,7 +256,7 @@ def read_entries(path: Path) -> Iterator[dict]:
         if kind in (".csv", ".tsv", ".txt", ".token"):
             yield from read_json(read_table(file, kind))
         elif kind == ".jsonl":
-            yield from read_json(json.loads(line) for line in file if line.strip())
+            yield from read_json(read_json_lines(file))
         else:
             with one_line_errors(f"{path} is not JSON (the ending of JSON lines is .jsonl)"):
                 content = json.load(file)
@@ -260,24 +266,30 @@ def read_entries(path: Path) -> Iterator[dict]:
 def read_folder(path: Path) -> Iterator[dict]:
     """The images that have a .txt of the same name beside them. Links to folders are followed, but
     no folder is read twice, so that a circle of links ends."""
+
+    def stop(error: OSError):
+        raise error
+
     images, folders_read = [], set()
-    for folder, subfolders, names in os.walk(path, followlinks=True):
+    for folder, subfolders, names in os.walk(path, onerror=stop, followlinks=True):
         subfolders.sort()
         if os.path.realpath(folder) in folders_read:
             subfolders.clear()
-            yield {"left_out": "links to a folder that is read already"}
+            yield {"left_out": "folders that are linked twice"}
             continue
         folders_read.add(os.path.realpath(folder))
-        texts = {os.path.splitext(name)[0] for name in names if name.endswith(".txt")}
-        for name in names:
-            stem, ending = os.path.splitext(name)
-            is_image = ending.lower() in IMAGE_ENDINGS
+        parts = [os.path.splitext(name) for name in names]
+        texts = {stem for stem, ending in parts if ending == ".txt"}
+        pictured = {stem for stem, ending in parts if ending.lower() in IMAGE_ENDINGS}
+        for name, (stem, ending) in zip(names, parts):
             if name.startswith("."):
                 yield {"left_out": "hidden files"}
-            elif is_image and stem in texts:
-                images.append(Path(folder, name))
-            elif is_image:
+            elif ending == ".txt" and stem not in pictured:
+                yield {"left_out": ".txt without an image"}
+            elif ending.lower() in IMAGE_ENDINGS and stem not in texts:
                 yield {"left_out": "images without a .txt"}
+            elif ending.lower() in IMAGE_ENDINGS:
+                images.append(Path(folder, name))
             elif ending != ".txt":
                 yield {"left_out": f"{ending or 'other'} files"}
     for image in sorted(images):
@@ -299,22 +311,25 @@ def read_table(file: TextIO, kind: str) -> Iterator[dict]:
         names = ["url", "caption"] if "://" in header.split()[0] else ["caption", "url"]
         quoting = csv.QUOTE_NONE
     options = {"delimiter": delimiter, "skipinitialspace": True, "quoting": quoting, "strict": True}
-    rows = csv.DictReader(file, names, **options)
-    rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-    line = rows.line_num + 1  # where the row starts
+    rows = csv.reader(file, **options)
+    line = 1  # where the row starts
     try:
-        for row in rows:
-            # DictReader puts surplus fields under None, and None for fields that are missing. One
-            # row of Flickr30k's results.csv lacks a bar, and so its caption.
-            if None in row or (None in row.values() and delimiter != "|"):
-                raise ValueError(f"line {line}: too many or few fields")
-            for field in row.values():
-                swallowed_row = "\n" in (field or "") and A_ROW.search(field)
-                if swallowed_row or (delimiter == "\t" and delimiter in field):
-                    raise ValueError(f"line {line}: a stray quotation mark swallows what follows")
-            if names == ["image", "caption"]:
-                row["image"] = row["image"].partition("#")[0]
-            yield row
+        for fields in rows:
+            if not names:
+                names = [name.strip() for name in fields]
+            elif fields:
+                if delimiter == "|":  # a row of Flickr30k's results.csv lacks a bar and its caption
+                    fields += [""] * (len(names) - len(fields))
+                if len(fields) != len(names):
+                    raise ValueError(f"line {line}: too many or few fields")
+                for field in fields:
+                    swallowed_row = "\n" in field and IMAGE_OR_ADDRESS.search(field)
+                    if swallowed_row or (delimiter == "\t" and delimiter in field):
+                        raise ValueError(f"line {line}: a stray quotation mark swallows more lines")
+                row = dict(zip(names, fields))
+                if names == ["image", "caption"]:
+                    row["image"] = row["image"].partition("#")[0]
+                yield row
             line = rows.line_num + 1
     except csv.Error as e:
         raise ValueError(f"line {line}: a stray quotation mark? ({e})") from e
@@ -355,18 +370,19 @@ def read_entry(entry: dict) -> Iterator[dict]:
 
 
 def value_of_first(entry: dict, keys: tuple[str, ...]) -> str | list[str]:
-    """The value of the first key that is there and has one; "" if all values are empty."""
+    """The value of the first key that is there and has one; "" if all values are empty: null, [],
+    or the NaN of pandas, which is not equal to itself."""
     values = [entry[key] for key in keys if key in entry]
     if not values:
         raise ValueError(f"none of {', '.join(keys)} is among {', '.join(entry)}")
-    filled = [value for value in values if value not in (None, "")]
+    filled = [value for value in values if value not in (None, "", []) and value == value]
     return filled[0] if filled else ""
 
 
 # ---- A file of negatives.py, and its images ------------------------------------------------------
 
-# The images are the user's own, so that Pillow's limits against attacks are lifted: of the number
-# of pixels, and of the size of texts and colour profiles in a .png.
+# We trust the images, so Pillow's limits against attacks are lifted: that of the number of pixels,
+# and those of the size of texts and colour profiles in a .png.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 
@@ -375,7 +391,7 @@ class Records(Dataset):
     """The lines of a file of negatives.py as (image path, box or None, [caption, negatives ...]),
     with "" for a missing negative. A line is read when it is asked for.
 
-    Opening it reads all lines once (6 s for 1 million). Captions that are empty and regions that
+    Opening it reads all lines once (8 s for 1 million). Captions that are empty and regions that
     lie outside their image are left out; a region that lies partly outside is clipped when its
     image is opened. Both are counted, and said in one line. Raises BadInput.
     """
@@ -390,12 +406,13 @@ class Records(Dataset):
             for number, line in enumerate(file, 1):
                 with one_line_errors(f"{path}, line {number}, is not a record of negatives.py"):
                     name, box, texts = self.parse(line)
-                part = box
-                if box:
-                    if name not in sizes:
-                        sizes[name] = image_size(images / name)
-                    part = part_inside(box, sizes[name])
-                    clipped += bool(part) and part != tuple(box)
+                    part = box
+                    if box:
+                        if name not in sizes:
+                            sizes[name] = image_size(images / name)
+                        part = part_inside(box, sizes[name])
+                if part and part != tuple(box):
+                    clipped += 1
                 if box and not part:
                     left_out["regions outside their image"] += 1
                 elif not texts[0]:
@@ -449,8 +466,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return image.size
 
 
+# What a model sees: an image, or the part of it in a box (left, top, right, bottom), in pixels. The
+# parameters of open_image are explained there.
+ImagePart = namedtuple("ImagePart", "path box black", defaults=(None, False))
+
+
 def is_there(path: Path, box: tuple | None = None, black: bool = False) -> bool:
-    """Whether open_image can open it: it is a file, and a part of the box lies in the image."""
+    """Whether it is a file, and a part of the box lies in the image; with `black` none need to."""
     return path.is_file() and (not box or black or part_inside(box, image_size(path)) is not None)
 
 
@@ -461,7 +483,9 @@ def part_inside(box: tuple, size: tuple[int, int]) -> tuple | None:
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def open_image(path: Path, box: tuple | None = None, black: bool = False, draft: int = 0):
+def open_image(
+    path: Path, box: tuple | None = None, black: bool = False, draft: int = 0
+) -> Image.Image:
     """An image in RGB, cropped to the part of `box` (left, top, right, bottom) that lies in it.
     With `black` it is cropped to the whole box, and is black where that lies outside (as in ARO).
 
@@ -627,29 +651,37 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def read_transformers_config(folder: Path) -> tuple[bool, dict]:
     """What a folder of transformers says of a CLIPModel besides its sizes: whether its activation
-    is QuickGELU, and open_clip's image_mean, image_std ..."""
-    towers = json.loads((folder / "config.json").read_text())
-    activation = towers.get("vision_config", {}).get("hidden_act", "quick_gelu")  # the default
-    theirs = {}
+    is QuickGELU (if not, GELU), and open_clip's image_mean, image_std ... Raises ValueError."""
+    config = json.loads((folder / "config.json").read_text())
+    towers = [config.get(tower, {}) for tower in ("text_config", "vision_config")]
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in towers}  # the default
+    if activations not in ({"quick_gelu"}, {"gelu"}):
+        raise ValueError(f"its activations are {sorted(activations)}, not quick_gelu or gelu")
+    processor = {}
     for name in ("preprocessor_config.json", "processor_config.json"):  # before and since version 5
         if (folder / name).exists():
-            theirs = json.loads((folder / name).read_text())
-            theirs = theirs.get("image_processor", theirs)
-    if not theirs:
+            content = json.loads((folder / name).read_text())
+            content = content.get("image_processor", content)
+            if "image_mean" in content:
+                processor = content
+    preprocess = {}
+    if processor:
+        has_height = isinstance(processor.get("size"), dict) and "height" in processor["size"]
+        preprocess = {
+            "image_mean": processor["image_mean"],
+            "image_std": processor["image_std"],
+            "image_interpolation": {2: "bilinear", 3: "bicubic"}[processor.get("resample", 3)],
+            "image_resize_mode": "squash" if has_height else "shortest",
+        }
+    else:
         say(f"warning: {folder} does not say its image transforms: those of OpenAI are assumed")
-        return activation == "quick_gelu", {}
-    squashed = isinstance(theirs.get("size"), dict) and "height" in theirs["size"]
-    return activation == "quick_gelu", {
-        "image_mean": theirs["image_mean"],
-        "image_std": theirs["image_std"],
-        "image_interpolation": {2: "bilinear", 3: "bicubic"}[theirs.get("resample", 3)],
-        "image_resize_mode": "squash" if squashed else "shortest",
-    }
+    return activations == {"quick_gelu"}, preprocess
 
 
 def save_checkpoint(path: Path, loaded, **state) -> None:
     """The file is whole or absent. It holds plain tensors and numbers, so weights_only=True loads
-    it, and so does open_clip: create_model_and_transforms(content["model"], pretrained=path)."""
+    it. If open_clip knows content["model"], it loads the file, too:
+    create_model_and_transforms(content["model"], pretrained=path)."""
     from open_clip.model import get_model_preprocess_cfg  # here, because negatives.py needs none
 
     transform = get_model_preprocess_cfg(loaded.model)

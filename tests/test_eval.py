@@ -19,6 +19,7 @@ import ce_clip
 import eval_bench
 import files
 from eval_bench import Cell, Item, Log, Scorer, mean
+from files import ImagePart
 
 SUBSETS = [name for names in eval_bench.SUGARCREPE.values() for name in names]
 VALSE = {file: column for column, names in eval_bench.VALSE.items() for file in names}
@@ -43,7 +44,7 @@ def by_hand(texts: dict, images: dict) -> Scorer:
     scorer = Scorer(ce_clip.Loaded(torch.nn.Module(), *[None] * 5))
     scorer.texts = {text: tensor(row).float() for text, row in texts.items()}
     scorer.tokens = defaultdict(lambda: torch.rand(9))  # no two texts have the same
-    scorer.images = {(Path(path), None): tensor(row).float() for path, row in images.items()}
+    scorer.images = {ImagePart(Path(path)): tensor(row).float() for path, row in images.items()}
     return scorer
 
 
@@ -52,13 +53,13 @@ def by_hand(texts: dict, images: dict) -> Scorer:
 
 def test_a_tie_is_wrong_and_a_missing_image_is_counted():
     scorer, log = by_hand({"cat": [1, 0], "pet": [1, 0], "dog": [0.5, 1]}, {"a": [1, 0]}), Log()
-    a, b = (Path("a"), None), (Path("b"), None)  # b: no image
+    a, b = ImagePart(Path("a")), ImagePart(Path("b"))  # b: no image
     items = [Item("x", a, "cat", "dog"), Item("x", b, "cat", "dog"), Item("y", a, "dog", "cat")]
     items += [Item("tie", a, "cat", "pet"), Item("tie", a, "cat", "dog"), Item("z", b, "cat", "")]
     groups = eval_bench.accuracies(scorer, items, log)
     expected = {"x": Cell(100, 1, 2), "y": Cell(0, 1, 1), "tie": Cell(50, 2, 2, 1)}
     assert groups == expected | {"z": Cell(None, 0, 1)}
-    assert log.absent == ["images (2), the first is a"]  # there are no files in this test
+    assert log.all_absent() == ["images (2), the first is a"]  # there are no files in this test
     assert groups["of a file that is absent"] == Cell(None, 0, 0)
     decisions = [(d["group"], d["scores"], d["right"], d["similarity"]) for d in log.decisions]
     right, wrong = ([1, 0.5], True, 0.5), ([0.5, 1], False, 0.5)
@@ -89,9 +90,10 @@ def test_blind_accuracy_and_looking_by_hand():
     """Leads of cat over dog: 0.8 for image a, -0.7 for b."""
     texts = {"cat": [1, 0], "pet": [1, 0], "dog": [0, 1]}
     scorer = by_hand(texts, {"a": [1, 0.2], "b": [0.3, 1]})
-    a, b, part_of_a = (Path("a"), None), (Path("b"), None), (Path("a"), (0, 0, 1, 1))
+    a, b = ImagePart(Path("a")), ImagePart(Path("b"))
+    part_of_a = ImagePart(Path("a"), (0, 0, 1, 1))
     items = [Item("right", a, "cat", "dog"), Item("wrong", b, "cat", "dog")]
-    items += [Item("absent", (Path("c"), None), "cat", "dog"), Item("tie", a, "cat", "pet")]
+    items += [Item("absent", ImagePart(Path("c")), "cat", "dog"), Item("tie", a, "cat", "pet")]
     items += [Item("both", a, "cat", "dog"), Item("both", a, "dog", "cat")]
     groups = eval_bench.accuracies(scorer, items, log := Log(blind=True))
     assert groups["right"] == Cell(100, 1, 1, 0, blind=0, looking=100)
@@ -104,7 +106,7 @@ def test_blind_accuracy_and_looking_by_hand():
     scorer.images[part_of_a] = scorer.images[a]
     items = [Item("x", a, "cat", "dog"), Item("x", part_of_a, "cat", "dog")]
     assert eval_bench.accuracies(scorer, items, log)["x"] == Cell(100, 2, 2)  # no other image
-    items = [Item("", (Path(str(i // 9)), (0, 0, 1, i)), str(i), "") for i in range(99)]
+    items = [Item("", ImagePart(Path(str(i // 9)), (0, 0, 1, i)), str(i), "") for i in range(99)]
     others = eval_bench.with_other_images(items)
     assert others == eval_bench.with_other_images(items)
     for item, other in zip(items, others, strict=True):
@@ -149,9 +151,8 @@ def test_sugarcrepe_pp_by_hand(tmp_path):
         Cell(50, 4, 4, same_tokens=2),
         Cell(None, 7, 9, same_tokens=3),
     )
-    scorer.images[folder / "2.jpg", None] = tensor([1, 0.5, 0])
     for images, blind in (([0, 1, 0], 0), ([1, 0.5, 0], 100)):
-        scorer.images[folder / "2.jpg", None] = tensor(images).float()
+        scorer.images[ImagePart(folder / "2.jpg")] = tensor(images).float()
         save(tmp_path / "sugarcrepe_pp" / "replace_obj.json", [item, item | {"filename": "2.jpg"}])
         blinded = eval_bench.sugarcrepe_pp(scorer, tmp_path, Log(blind=True))["ITT replace_obj"]
         assert (blinded.value, blinded.blind) == (50 + blind / 2, 50 + blind / 2)
@@ -174,11 +175,15 @@ def test_two_images_by_hand(tmp_path):
     assert cells == expected | {"object Group": Cell(50, 2, 2)}
     assert list(cells)[:5] == ["Text", "Image", "Group", "GroupMatch", "object Text"]
     assert len(log.decisions) == 8
-    assert log.absent == [f"images (1), the first is {folder / 'absent.png'}"]
+    assert log.all_absent() == [f"images (1), the first is {folder / 'absent.png'}"]
     for name in images:  # a model of the text alone: c0 is likelier than c1
-        scorer.images[folder / f"{name}.png", None] = tensor([1, 0.3])
+        scorer.images[ImagePart(folder / f"{name}.png")] = tensor([1, 0.3])
     cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
     assert {cell.value for cell in cells.values()} == {0}
+    scorer.tokens["c0"] = scorer.tokens["c1"] = tensor([1])  # the captions are cut to the same
+    save(tmp_path / "vismin" / "examples.jsonl", json.dumps(lines[0] | {"group": None}))
+    cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
+    assert cells == dict.fromkeys(list(expected)[:4], Cell(0, 1, 1, same_tokens=1))
 
 
 def test_whatsup_by_hand(tmp_path):
@@ -210,7 +215,7 @@ def test_aro_is_black_beyond_the_border(tmp_path):
     path = save(folder / "images" / "1.jpg", 3)  # of 50 x 40 pixels
     boxes = [(-5, 90, 15, 99), (30, 20, 70, 60)]
     scorer = by_hand({"a": [1], "b": [0]}, {})
-    scorer.images = {(path, box, True): tensor([1.0]) for box in boxes}
+    scorer.images = {ImagePart(path, box, True): tensor([1.0]) for box in boxes}
     assert eval_bench.aro(scorer, tmp_path, Log())["Relation"] == Cell(100, 2, 2)
     wholly, partly = (np.asarray(files.open_image(path, box, black=True)) for box in boxes)
     assert (wholly.shape, wholly.max()) == ((9, 20, 3), 0)
@@ -293,7 +298,7 @@ def test_retrieval_by_hand(tmp_path):
     scorer.texts["b"] = torch.ones(3)  # a tie of three
     assert retrieval(*pairs)[3].value == 25
     assert retrieval(*pairs, ("D", "b"))[0] == Cell(None, 4, 5)  # D is absent
-    assert log.absent == [f"images (1), the first is {tmp_path / 'D'}"]
+    assert log.all_absent() == [f"images (1), the first is {tmp_path / 'D'}"]
     scorer.texts |= dict.fromkeys(("a big dog rex", "b" + 29 * " b"), torch.ones(3))
     for caption in ('A (big) dog:  "Rex"! ', "B " * 40):  # as in ARO
         assert retrieval(("A", caption))[0] == Cell(100, 1, 1)

@@ -137,6 +137,9 @@ def test_benchmark_files(tmp_path):
     }.items():
         (tmp_path / name).write_text(text)
     assert [e["a"] for e in files.read_json_list(tmp_path / "a.jsonl")] == ["\u2028", 2]
+    (tmp_path / "b.jsonl").write_text('{"a": 1}\n\n{"a": 2')
+    with pytest.raises(BadInput, match="^[^ ]*b.jsonl, line 3, is not JSON: JSONDecodeError "):
+        files.read_json_list(tmp_path / "b.jsonl")
     [entry] = files.read_json_list(tmp_path / "a.json")
     with pytest.raises(BadInput, match='a.json: no field b in {"a": 1}$'):
         entry["b"]
@@ -165,6 +168,7 @@ KARPATHY = [
 REGION = {"image_id": 3, "phrase": "the  clock", "x": 10, "y": 20, "width": 30, "height": 0}
 REGIONS = [REGION | {"region_id": 7}, REGION | {"region_id": 8, "width": 0, "height": 5}]
 OURS = ONE | {"id": 7, "box": [1, 2, 3, 4], "relation": "x", "missing": {}}
+ONE_LINE = json.dumps(ONE)
 WRONG = "is not a captions file .docs/data.md says what is read.: "
 FILES = {  # name: content, and the captions or an error
     "open_clip.csv": ('filepath,title\na.jpg,"A dog, \'wet\'"\nb.jpg,"two\nlines"\n', TWO),
@@ -182,6 +186,10 @@ FILES = {  # name: content, and the captions or an error
     "results_20130124.token": ("a.jpg#0\tA dog, 'wet'\n", [ONE]),
     "null.jsonl": (json.dumps(ONE) + '\n{"image": "b.jpg", "caption": null}', [ONE]),
     "nan.json": ('[{"id": 5, "image": 0, "caption": "x"}, {"image": 1, "caption": NaN}]', NUMBERED),
+    "no_text.jsonl": (
+        ONE_LINE + '\n{"image": NaN, "caption": "x"}\n{"image": "y", "caption": []}',
+        [ONE],
+    ),
     "lines.json": (
         '{"image": "a"}\n{"image": "b"}\n',
         "not JSON .the ending of JSON lines is .jsonl",
@@ -204,7 +212,7 @@ FILES = {  # name: content, and the captions or an error
     "image_folder.jsonl": ('\ufeff{"file_name": "a.jpg", "text": "A dog, \'wet\'"}\n \n', [ONE]),
     "a.json": ('{"images": []}', "holds no captions: docs/data.md says what is read"),
     "b.json": ('{"images": [{"id": 3}]}', f"{WRONG}KeyError 'filename'"),
-    "c.jsonl": ('{"image": "a", "caption": "a"}\n{', f"{WRONG}JSONDecodeError"),
+    "c.jsonl": ('{"image": "a", "caption": "a"}\n{', "line 2, is not JSON: JSONDecodeError"),
     "d.json": ('[{"caption": "b"}]', f"{WRONG}none of image, .*, url is among caption$"),
     "e.csv": ("image\na\n", f"{WRONG}none of caption, .* is among image$"),
     "f.json": ('[{"image": "a.jpg", "caption": [1]}]', "holds no captions.* an image 1$"),
@@ -216,13 +224,13 @@ FILES = {  # name: content, and the captions or an error
     "j.csv": ('image,caption\na,b\nc.jpg,"d\ne,f\n', "line 3: a stray quotation mark"),
     "j.txt": ('image,caption\na.jpg,"b\nc.jpg,d"\n', "line 2: a stray quotation mark"),
     "k.tsv": ('caption\turl\n"a dog\tu1\na cat"\tu2\n', "line 2: a stray quotation mark"),
-    "m.csv": ('image,caption\na.jpg,"b\nb"\n\nc.jpg,"d\ne.JPG,f"\n', "line 4: a stray quotation"),
+    "m.csv": ('image,caption\na.jpg,"b\nb"\n\nc.jpg,"d\ne.JPG,f"\n', "line 5: a stray quotation"),
     "l.csv": ('caption,url\n"x",y\n"a,http://u\nb",http://v\n', "line 3: a stray quotation"),
 }
 
 
 LEFT_OUT = dict.fromkeys(("one_bar_less.csv", "null.jsonl", "no_image.csv", "nan.json"), 1)
-LEFT_OUT["nulls.json"] = 2
+LEFT_OUT |= {"nulls.json": 2, "no_text.jsonl": 2}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -273,12 +281,13 @@ def test_a_folder_as_img2dataset_leaves_it(tmp_path, capsys):
     for name, text in reversed((names | {"0/._3.jpg": "\0"}).items()):
         (data / name).touch()
         (data / name).with_suffix(".txt").write_text(text)
+    (data / "1" / "8.txt").touch()
     for name in ("0/6.jpg", "0/3.json", "1/7.json", "readme"):
         (data / name).touch()
     captions = [(c["id"], c["image"], c["caption"]) for c in read_captions(data)]
     assert captions == [(n, k, " ".join(names[k].split())) for n, k in enumerate(names)]
-    left_out = ".json files 2, hidden files 2, images without a .txt 1, "
-    left_out += "links to a folder that is read already 1, other files 1"
+    left_out = ".json files 2, .txt without an image 1, folders that are linked twice 1, "
+    left_out += "hidden files 2, images without a .txt 1, other files 1"
     assert capsys.readouterr().err == f"{data}: captions 7, images 7; left out: {left_out}\n"
     (tmp_path / "2").mkdir()
     with pytest.raises(BadInput, match="2 holds no captions: docs/data.md says"):
@@ -472,11 +481,12 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
     torch.testing.assert_close(image, expected.image_embeds, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(text, expected.text_embeds, atol=1e-5, rtol=1e-4)
     assert scale == theirs.logit_scale.exp()
+    name = "tiny-quickgelu" if activation == "quick_gelu" else "tiny"
     older = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # not a weight
     save_file(theirs.state_dict() | older, tmp_path / "model.safetensors")
     again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
     assert flat(again.model.state_dict()) == flat(loaded.model.state_dict())
-    assert (again.config["quick_gelu"], again.name) == (activation == "quick_gelu", "tiny")
+    assert (again.config["quick_gelu"], again.name) == (activation == "quick_gelu", name)
     photo, name = Image.effect_noise((40, 30), 50).convert("RGB"), "preprocessor_config.json"
     sizes = [(32, 32), ({"shortest_edge": 32}, 32), ({"height": 32, "width": 32}, (32, 32))]
     for size, mode in sizes:  # the first is that of old files
@@ -496,6 +506,15 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
     (tmp_path / "config.json").write_text("{}")  # transformers leaves out what is its default
     again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
     assert again.config["quick_gelu"]
+    assert ce_clip.build_model("tiny").config["quick_gelu"]  # what the name means did not change
+    mixed = {"text_config": {"hidden_act": "gelu"}, "vision_config": {"hidden_act": "quick_gelu"}}
+    for config in (mixed, {"text_config": {"hidden_act": "relu"}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            BadInput, match=r"its activations are \['.*'\], not quick_gelu or gelu$"
+        ):
+            ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "adapter_config.json").write_text("{}")  # that was merged
     assert ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
 

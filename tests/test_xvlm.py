@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import ce_clip
 import eval_bench
 import xvlm
-from files import BadInput, open_image
+from files import BadInput, ImagePart, open_image
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue dog cat ball chase ##s eats green . 1".split()
 # the stages have 8, 4 and 2 x 2 windows of 4: shifted, one alone, and smaller than that
@@ -222,17 +222,17 @@ def test_grad_checkpointing_runs_each_block_twice_and_reaches_all_weights():
 def test_the_evaluator_matches_as_single_pairs_do(world, config):
     """In batches, of an image with two pairs of captions, a region, and an absent image."""
     loaded = ce_clip.build_model(str(config))._replace(model=random_model())
-    items = [eval_bench.Item("", (world / "0.png", None), "a red dog", "dog eats a cat")]
+    items = [eval_bench.Item("", ImagePart(world / "0.png"), "a red dog", "dog eats a cat")]
     items += [items[0]._replace(negative="a ball")]
-    items += [items[0]._replace(image=(world / "99.png", None))]
-    items += [items[0]._replace(image=(world / "1.png", (5, 5, 20, 30)))]
+    items += [items[0]._replace(image=ImagePart(world / "99.png"))]
+    items += [items[0]._replace(image=ImagePart(world / "1.png", (5, 5, 20, 30)))]
     scorer, log = eval_bench.Scorer(loaded, 2), eval_bench.Log(blind=True)
     matches, real = {}, scorer.match
     scorer.match = lambda texts_of: matches.update(found := real(texts_of)) or found
     eval_bench.accuracies(scorer, items, log, itm=True)
     assert len(matches) == 3 + 3  # each with the captions of the other image, too
-    for ((path, box), text), logit in matches.items():
-        image = loaded.eval_transform(open_image(path, box))[None]
+    for (part, text), logit in matches.items():
+        image = loaded.eval_transform(open_image(*part))[None]
         expected = loaded.model.match(image, loaded.tokenizer([text])).item()
         assert logit == pytest.approx(expected, abs=1e-5)
     cosine = (scorer.images[items[0].image] @ scorer.texts["a red dog"]).item()
