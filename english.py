@@ -3,17 +3,22 @@
 The lists were made by hand from the commonest words of COCO and Flickr8k; all words are lemmas.
     SYNONYMS, HYPERNYMS  words that may be true of one thing, and so do not make a caption false
     CONTRAST             words that exclude each other, such as "black" and "white"
-    SORTS                persons, animals, places: it is easier to imagine a swap within one sort
+    SORTS                people, animals, food ...: one of a sort easily takes another one's place
     PHRASES, WEAK        what is neither masked nor moved: half of "hot dog", and vague words
+    GENERAL, ONE_COLOR   what is not masked: the name of a whole sort, and the colour of grass
     NEGATIONS            what follows them may be false already
     SEVERAL, QUANTITIES  "many men" and "a group of men" are several men
     BOTH_WAYS, GLUE      "a dog next to the cat" says the same as "a cat next to the dog"
+The longest two lie beside this file: synonyms.txt, a group a line, and sorts.csv.
 """
 
+import csv
 import functools
 import importlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from files import one_line_errors
@@ -28,67 +33,28 @@ def word_groups(text: str) -> list[tuple[str, ...]]:
     return [tuple(group.split()) for group in re.split(r"[,\n]", text.strip())]
 
 
+# This file and its data. In sorts.csv each of a row's names may be true of what one of its words is
+# true of: a "dog" is an "animal". If the row has a sort, its words are of that sort.
+FILES = [Path(__file__).with_name(name) for name in ("english.py", "synonyms.txt", "sorts.csv")]
+
 # The words of a group may be true of one and the same thing.
-SYNONYMS = word_groups("""
-cat kitten, horse pony, cow bull cattle ox calf, swan goose duck, bike bicycle cycle, house home
-motorcycle motorbike bike scooter moped, car automobile, truck van pickup, bathroom restroom
-plane airplane jet aircraft airliner, boat ship sailboat canoe kayak raft vessel, track racetrack
-street road avenue lane highway path pavement sidewalk, path trail track dirt, arm hand, snow ice
-table desk counter, sofa couch chair seat bench, plate dish platter tray, cup mug glass
-picture photo photograph image portrait view shot camera, marking spot, forest wood tree bush
-grass field lawn yard park meadow pasture ground, ground floor dirt sand, game match
-beach sand shore coast ocean sea, water ocean sea lake river pool pond stream wave waterhole
-hill mountain slope cliff rock, hill slope trail track ramp, shoe boot sneaker, hat cap helmet
-shirt jacket coat top sweater, ball football basketball baseball soccer tennis frisbee
-big large huge giant tall long, small little tiny short young, old elderly older, dark black
-light white bright, closed shut, metal metallic, warm hot, cool cold, tan golden yellow blond blonde
-tan brown, gray grey silver, snowy white cold, grassy green, wooden brown, rocky stony
-look watch stare staring gaze see, stand pose wait lean, sit rest relax lie lay sleep
-crouch kneel squat, ride surf skate ski slide race glide, ride drive travel
-run race chase play jump leap move, walk stroll move run hike jog, jump leap hop fly dive
-step walk climb, ascend climb cross, hold carry catch retrieve bring, hold carry wear
-stick hang attach, dock park sit, park stop stand position display line, perform attempt try do
-hold eat drink, eat chew, play compete fight wrestle splash dig hug tackle chase kick
-extend raise put swing, dress wrap, talk speak chat, smile laugh pose, fill cover
-""")
+SYNONYMS = [line.split() for line in FILES[1].read_text().splitlines()]
 NUMBERS = "two three four five six seven eight nine ten".split()
-SYNONYMS += [(word, str(number)) for number, word in enumerate(NUMBERS, 2)]
+SYNONYMS += [[word, str(number)] for number, word in enumerate(NUMBERS, 2)]
 
-PERSONS = "person people adult human someone child kid youth teenager teen toddler baby"
-EVERYBODY = (
-    "player rider biker bicyclist cyclist motorcyclist racer jockey driver skier surfer skater"
-)
-EVERYBODY += " snowboarder skateboarder rollerblader climber hiker runner swimmer wrestler worker"
-EVERYBODY += (
-    " officer performer dancer singer musician athlete friend family team crowd batter cook"
-)
-EVERYBODY += (
-    " catcher umpire pitcher referee coach goalie chef policeman soldier cowboy farmer groom"
-)
-EVERYBODY += " fisherman bride tourist passenger pedestrian student teacher spectator"
-CLOTHES = "shirt jacket coat top sweater shorts pants dress"
-ANIMALS = "animal dog puppy cat kitten horse pony cow bull calf sheep lamb goat bird duck goose"
-ANIMALS += " swan seagull pigeon parrot elephant bear zebra giraffe monkey lion tiger deer fish"
-
-# (names, kinds): each of the names may be true of what one of the kinds is true of.
-HYPERNYMS = [
-    (f"man guy male gentleman fellow boy {PERSONS}", EVERYBODY),
-    (f"woman lady girl female {PERSONS}", f"{EVERYBODY} schoolgirl blond blonde brunette"),
-    ("animal creature pet", ANIMALS),
-    ("bird", "duck goose swan seagull gull pigeon parrot owl eagle hawk penguin chicken crow"),
-    ("tree plant", "bush palm pine shrub"),
-    ("plant", "flower tree bush grass"),
-    ("sign", "stop"),
-    ("dog puppy hound", "doberman greyhound terrier collie retriever poodle labrador shepherd"),
-    ("vehicle", "car bus truck van train motorcycle bike bicycle scooter"),
-    ("building structure", "house tower church home shop store barn"),
-    ("room", "kitchen bathroom bedroom office"),
-    ("food meal dish snack", "pizza sandwich burger salad cake fruit vegetable meat bread"),
-    ("fruit", "apple orange banana"),
-    ("clothes clothing outfit gear suit uniform", CLOTHES),
-    ("toy", "ball frisbee"),
-    ("colorful colourful colored bright", "red orange yellow green blue purple pink"),
-]
+WORDS, SORTS = {}, defaultdict(set)  # list -> words, sort -> words
+HYPERNYMS = []  # (names, words)
+GENERAL = set()  # names of a whole sort: where they are true, hardly another word of it is false
+with FILES[2].open(newline="") as file:
+    for row in csv.DictReader(file):
+        words = WORDS[row["list"]] = set(row["words"].split())
+        names = set(row["names"].split())
+        HYPERNYMS.append((names, words))
+        if row["sort"]:
+            SORTS[row["sort"]] |= words
+            GENERAL |= names
+GENERAL |= WORDS["persons"]
+HYPERNYMS += [(WORDS["men"], WORDS["roles"]), (WORDS["women"], WORDS["roles"])]
 
 
 @functools.cache
@@ -98,44 +64,52 @@ def may_also_be(word: str) -> frozenset[str]:
     for group in SYNONYMS:
         if word in group:
             others.update(group)
-    for names, kinds in HYPERNYMS:
-        if word in names.split():
-            others.update(names.split(), kinds.split())
-        elif word in kinds.split():
-            others.update(names.split())
+    for names, words in HYPERNYMS:
+        if word in names:
+            others |= names | words
+        elif word in words:
+            others |= names
+    if word in SORTS["people"]:  # a man is a person, too; but not each person may be a man
+        others |= WORDS["persons"]
     return frozenset(others - {word})
 
 
-COLORS = "red orange yellow green blue purple pink brown black white gray grey tan silver golden"
-POSTURES = "stand sit lie lay sleep kneel crouch squat lean rest pose"
-MOVES = "walk stroll jog run jump leap hop swim dive fly ride climb crawl slide skate ski surf"
+COLORS = """
+red orange yellow green blue purple pink brown black white gray grey tan silver golden beige maroon
+burgundy turquoise teal violet
+""".split()
+POSTURES = "stand sit lie lay sleep kneel crouch squat lean rest pose".split()
+MOVES = """
+walk stroll jog run trot gallop jump leap hop swim dive fly ride climb crawl slide skate ski surf
+sail row dance fall swing float race hike drive
+""".split()
 
 # At most one word of a group is true of a thing. A word of another group may be true of it, too.
 CONTRAST = {
-    "attribute": word_groups(f"""
-{COLORS} blond blonde
-big large huge small tiny little tall short long, young old elderly, modern old ancient vintage
+    "attribute": word_groups("""
+big large huge small tiny little, tall short long, young old elderly, modern old ancient vintage
 open closed, empty full, wet dry, hot cold warm cool, clean dirty, indoor outdoor, male female
 wooden metal metallic plastic glass concrete leather, happy sad angry, straight curved
 sunny cloudy rainy snowy foggy stormy, round square rectangular oval triangular
 """),
-    "action": word_groups(f"""
-{POSTURES} {MOVES} dance fall swing float race hike drive
-hold carry throw kick hit wear eat drink push pull drop wash read cut cook
+    "action": word_groups("""
+hold carry throw kick hit eat drink push pull drop wash read cut cook
 open close, smile cry frown yell
 """),
+    "object": list(SORTS.values()),
     "number": [NUMBERS + [str(number) for number in range(2, 11)]],
 }
+CONTRAST["attribute"].append([*COLORS, "blond", "blonde"])
+CONTRAST["action"].append(POSTURES + MOVES)
 
-PEOPLE = f"man guy gentleman fellow boy woman lady girl {PERSONS} {EVERYBODY}"
-PLACES = "street road avenue lane highway path trail sidewalk pavement runway intersection bridge"
-PLACES += " field lawn yard park meadow pasture ground grass beach shore coast ocean sea lake river"
-PLACES += " pool pond water snow sand dirt slope hill mountain sky city town desert forest court"
-PLACES += " room kitchen bathroom bedroom hallway office restaurant store zoo airport station floor"
-SORTS = [set(group.split()) for group in (PEOPLE, ANIMALS, PLACES)]
+ONE_COLOR = "grass lawn field snow broccoli sky tree leaf lettuce carrot banana tomato sun cloud"
+ONE_COLOR = set(ONE_COLOR.split())
+GENDERED = WORDS["men"] | WORDS["women"]
+PRONOUNS = set("he his him himself she her hers herself".split())
+LIVING = SORTS["people"] | SORTS["animals"] | set("he she it they who that which".split())
 
-KNOWN = set().union(*SYNONYMS, *SORTS, *CONTRAST["attribute"], *CONTRAST["action"])
-KNOWN.update(*(names.split() + kinds.split() for names, kinds in HYPERNYMS))
+KNOWN = set().union(*SYNONYMS, *SORTS.values(), *CONTRAST["attribute"], *CONTRAST["action"])
+KNOWN.update(*(names | words for names, words in HYPERNYMS))
 KNOWN.update("café décor naïve façade sauté purée entrée soufflé jalapeño piñata".split())
 
 # The commonest languages in Latin script of which spaCy has stop words: see Tagger.is_english.
@@ -144,8 +118,8 @@ LANGUAGES = "ca cs da de es fi fr hu id it nb nl pl pt ro sv tr vi".split()
 
 @functools.cache
 def groups_of(lemmas: frozenset[str], kind: str) -> list[int]:
-    """Which groups have one of the lemmas: of SORTS for objects, of CONTRAST for other kinds."""
-    groups = SORTS if kind == "object" else CONTRAST.get(kind, [])
+    """Which groups of CONTRAST have one of the lemmas."""
+    groups = CONTRAST.get(kind, [])
     return [n for n, group in enumerate(groups) if lemmas.intersection(group)]
 
 
@@ -172,7 +146,7 @@ foreground thing item object area place air distance other same different variou
 more most some such own multiple single next last good nice great beautiful pretty lovely cute real
 interesting main whole entire available ready able similar very close half something anything view
 everything image direction game wild incoming dozen home event be have do get go take make use show
-see seem appear contain include feature come let keep help try
+see seem appear contain include feature come let keep help try wear
 """
 WEAK = QUANTITIES.union(WEAK.split())
 
@@ -212,22 +186,42 @@ def noun_units(words: list[Word]) -> list[Unit]:
     units = []
     for start, end in noun_runs(words):
         between = words[units[-1][1] : start] if units else []
-        joined = between and between[0].text == "of" and editable(words, *units[-1])
+        joined = between and between[0].text == "of" and movable(words, *units[-1])
         if joined and all(word.pos in ("DET", "NUM", "ADJ", "PRON") for word in between[1:]):
             start, _ = units.pop()
         units.append((start, end))
-    return [unit for unit in units if editable(words, *unit)]
+    return [unit for unit in units if movable(words, *unit)]
 
 
-def editable(words: list[Word], start: int, end: int) -> bool:
-    """Whether words may be masked or moved: the last one is not too vague (WEAK), and they are not
-    one part of a fixed phrase, as the dog of "hot dog"."""
+def movable(words: list[Word], start: int, end: int) -> bool:
+    """Whether words may change places with others: the last one is not too vague (WEAK), and they
+    are not one part of a fixed phrase, as the dog of "hot dog"."""
     for border in (start, end):
         if 0 < border < len(words):
             pair = (words[border - 1].text.lower(), words[border].lemma)
             if pair in PHRASES:
                 return False
     return words[end - 1].lemma not in WEAK
+
+
+def maskable(words: list[Word], start: int, end: int) -> bool:
+    """Whether words may be masked: they are movable, and what is filled in will hardly be true."""
+    word = words[end - 1]
+    nouns_before = [w.lemma for w in words[:start] if w.pos in ("NOUN", "PROPN", "PRON")]
+    nouns_after = [w.lemma for w in words[end:] if w.pos in ("NOUN", "PROPN")]
+    if word.lemma in GENERAL:
+        return False
+    if word.lemma in GENDERED and any(w.text.lower() in PRONOUNS for w in words):
+        return False  # "his" tells that it was a man
+    if word.tag == "VBN":  # covered, parked: of several such states more than one may be true
+        return False
+    if word.lemma in POSTURES and nouns_before and nouns_before[-1] not in LIVING:
+        return False  # a vase that sits on a table also stands there
+    if word.lemma in COLORS and nouns_after and nouns_after[0] in ONE_COLOR:
+        return False
+    if word.pos == "NUM" and (nouns_after[:1] == ["piece"] or words[start - 1].lemma == "between"):
+        return False
+    return movable(words, start, end)
 
 
 def head_noun(words: list[Word], unit: Unit) -> int:
@@ -262,7 +256,7 @@ def with_modifiers(words: list[Word], unit: Unit) -> Unit:
 def number_and_sort_differ(words: list[Word], first: Unit, second: Unit) -> tuple[bool, bool]:
     """Whether two noun units differ in number, and whether they differ in sort (SORTS)."""
     lemmas = [words[head_noun(words, unit)].lemma for unit in (first, second)]
-    sorts = [[lemma in sort for sort in SORTS] for lemma in lemmas]
+    sorts = [[lemma in sort for sort in SORTS.values()] for lemma in lemmas]
     return number_of(words, first) != number_of(words, second), sorts[0] != sorts[1]
 
 

@@ -37,7 +37,7 @@ MASKED_KINDS = {"attribute": "ADJ", "action": "VERB", "object": "NOUN", "number"
 KINDS = ["relation", *MASKED_KINDS]  # all that are made; Sec. 4.4 names numbers as a further kind
 PAPER_KINDS = ["relation", "attribute", "action", "object"]  # T_hn in Sec. 3.2; training's default
 CANDIDATES = 100  # words that a filler proposes for a mask; if few, they give negatives away
-FALLBACK_WEIGHT = 1e-3  # a thousandth: such words are drawn where hardly any other passes
+FALLBACK_WEIGHT = 1e-3  # of a number that the filler does not propose
 MAX_PAIRS = 40  # pairs of nouns of a caption that are tried: all of them up to nine noun units
 MASK_BATCH = 128  # masked captions in one forward pass
 CHUNK = 1024  # captions that are tagged, filled and saved together: a chunk has so many, or more
@@ -110,7 +110,7 @@ def choose_masked_word(words: Words, kind: str, rng: random.Random) -> tuple[Wor
     for start, end in spans:
         if any(word.text.lower() in english.NEGATIONS for word in words[:start]):
             break  # all later spans are behind it, too
-        right = words[end - 1].pos == MASKED_KINDS[kind] and english.editable(words, start, end)
+        right = words[end - 1].pos == MASKED_KINDS[kind] and english.maskable(words, start, end)
         if right and all(word.text.isalpha() or word.pos == "NUM" for word in words[start:end]):
             candidates.append((start, end))
     if not candidates:
@@ -145,9 +145,8 @@ def acceptable(
     """The proposed words that make the caption false in the place of `old`: lower case -> weight.
 
     None of a word's lemmas is among `true_words`, and CONTRAST has it in the same groups as `old`:
-    a colour gives way to a colour only, a word of no group to words of no group. For objects the
-    groups are SORTS, and words of another sort pass with little weight: a person gives way to a
-    person first.
+    a colour gives way to a colour only, an animal to an animal, a word of no group to words of no
+    group.
     """
     if kind == "number":  # there are so few that all have a weight, if only a small one
         proposed = dict.fromkeys(english.NUMBERS, FALLBACK_WEIGHT) | proposed
@@ -160,8 +159,6 @@ def acceptable(
             continue
         if english.groups_of(lemmas, kind) == old_groups:
             passed[word] += weight
-        elif kind == "object":
-            passed[word] += weight * FALLBACK_WEIGHT
     return passed
 
 
@@ -408,7 +405,7 @@ def generate(
     records = files.read_captions(captions, split)
     chunks = split_into_chunks(records)
     chunks = chunks[len(chunks) * (number - 1) // total : len(chunks) * number // total]
-    source = Path(english.__file__).read_text()  # word lists and grammar decide the output, too
+    source = [path.read_text() for path in english.FILES]  # they decide the output, too
     settings = [records, MASKED_KINDS, MAX_PAIRS, source, filler, seed, strict_swaps, candidates]
     digest = files.sha256(json.dumps(settings))[:16]
     folder = Path(f"{out}.part")
