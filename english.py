@@ -80,7 +80,7 @@ burgundy turquoise teal violet
 """.split()
 POSTURES = "stand sit lie lay sleep kneel crouch squat lean rest pose".split()
 MOVES = """
-walk stroll jog run trot gallop jump leap hop swim dive fly ride climb crawl slide skate ski surf
+walk stroll jog run trot gallop jump leap hop swim dive fly climb crawl slide skate ski surf
 sail row dance fall swing float race hike drive
 """.split()
 
@@ -93,7 +93,7 @@ wooden metal metallic plastic glass concrete leather, happy sad angry, straight 
 sunny cloudy rainy snowy foggy stormy, round square rectangular oval triangular
 """),
     "action": word_groups("""
-hold carry throw kick hit eat drink push pull drop wash read cut cook
+hold carry throw hit eat drink drop read cut cook, ride push pull kick wash lead
 open close, smile cry frown yell
 """),
     "object": list(SORTS.values()),
@@ -413,7 +413,7 @@ class Tagger:
 
     def _lemmas(self, word: str) -> frozenset[str]:
         """The lower-case word and its lemmas as a noun, a verb and an adjective."""
-        lemmas = {word.lower()}
+        lemmas = {word.lower(), re.sub("ing$", "e", word.lower())}  # spaCy: "riding" is of "rid"
         for pos in ("NOUN", "VERB", "ADJ"):
             doc = self.new_doc([word.lower()], pos=[pos])
             lemmas.add(self.nlp.get_pipe("lemmatizer")(doc)[0].lemma_.lower())
