@@ -81,6 +81,7 @@ MODELS = {  # what they have other than TINY
     "pool_last": {"text_cfg": TINY["text_cfg"] | {"pool_type": "last"}},
     "larger": {"vision_cfg": TINY["vision_cfg"] | {"image_size": 64}},
     "shorter": {"text_cfg": TEXT},
+    "cut": {"text_cfg": TEXT | {"context_length": 5}},  # it reads "a red dog" of a caption
     "odd": {"text_cfg": {"heads": "x"}},
 }
 
