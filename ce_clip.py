@@ -623,17 +623,18 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
         return Loaded(model, name, config or xvlm.CONFIG, *transforms_and_tokenizer)
     if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
         name = name.removesuffix("-quickgelu") + "-quickgelu"
-    known, known_as = open_clip.get_model_config(name), name  # what open_clip calls it
-    if config and known != config:  # open_clip learns a config from a file
-        if known:  # another config has this name, and keeps it
-            known_as = f"{name}-{files.sha256(json.dumps(config))[:8]}"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f"{known_as}.json")
-            path.write_text(json.dumps(config))
-            open_clip.add_model_config(path)
     what = f"{name} {tag}" if tag else name
     has_weights = name.startswith(("hf-hub:", "local-dir:"))
+    known_as = name  # what open_clip calls it
     with one_line_errors(f"{what} is not a model that open_clip can build (offline: name a file)"):
+        known = open_clip.get_model_config(name)
+        if config and known != config:  # open_clip learns a config from a file
+            if known:  # another config has this name, and keeps it
+                known_as = f"{name}-{files.sha256(json.dumps(config))[:8]}"
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, f"{known_as}.json")
+                path.write_text(json.dumps(config))
+                open_clip.add_model_config(path)
         options = {"pretrained": tag, "require_pretrained": has_weights, **(preprocess or {})}
         model, *transforms = open_clip.create_model_and_transforms(known_as, **options)
         tokenizer = open_clip.get_tokenizer(known_as)

@@ -1,6 +1,6 @@
 """What negatives.py knows of English: word lists, and the grammar of nouns.
 
-The lists were made by hand from the commonest words of COCO and Flickr8k; all words are lemmas.
+The lists were made by hand from the commonest words of COCO and Flickr8k. Nearly all are lemmas.
     SYNONYMS, HYPERNYMS  words that may be true of one thing, and so do not make a caption false
     CONTRAST             words that exclude each other, such as "black" and "white"
     SORTS                people, animals, food ...: one of a sort easily takes another one's place
@@ -33,27 +33,28 @@ def word_groups(text: str) -> list[tuple[str, ...]]:
     return [tuple(group.split()) for group in re.split(r"[,\n]", text.strip())]
 
 
-# This file and its data. In sorts.csv each of a row's names may be true of what one of its words is
-# true of: a "dog" is an "animal". If the row has a sort, its words are of that sort.
+# What decides the negatives beside negatives.py: this file and its data.
 FILES = [Path(__file__).with_name(name) for name in ("english.py", "synonyms.txt", "sorts.csv")]
 
-# The words of a group may be true of one and the same thing.
+# The words of a line may be true of one and the same thing.
 SYNONYMS = [line.split() for line in FILES[1].read_text().splitlines()]
 NUMBERS = "two three four five six seven eight nine ten".split()
 SYNONYMS += [[word, str(number)] for number, word in enumerate(NUMBERS, 2)]
 
+# In sorts.csv each of a row's names may be true of what one of its words is true of: a "dog" is an
+# "animal". If the row has a sort, its words are of that sort. What cannot be counted ("water") is
+# of the sort "mass", too.
 WORDS, SORTS = {}, defaultdict(set)  # list -> words, sort -> words
 HYPERNYMS = []  # (names, words)
 GENERAL = set()  # names of a whole sort: where they are true, hardly another word of it is false
-with FILES[2].open(newline="") as file:
-    for row in csv.DictReader(file):
-        words = WORDS[row["list"]] = set(row["words"].split())
-        names = set(row["names"].split())
-        HYPERNYMS.append((names, words))
+with FILES[2].open(newline="") as sorts_file:
+    for row in csv.DictReader(sorts_file):
+        WORDS[row["list"]] = set(row["words"].split())
+        HYPERNYMS.append((set(row["names"].split()), WORDS[row["list"]]))
         if row["sort"]:
-            SORTS[row["sort"]] |= words
-            GENERAL |= names
-GENERAL |= WORDS["persons"]
+            SORTS[row["sort"]] |= WORDS[row["list"]]
+            GENERAL.update(row["names"].split())
+GENERAL |= WORDS["persons"]  # a child may be a girl or a boy
 HYPERNYMS += [(WORDS["men"], WORDS["roles"]), (WORDS["women"], WORDS["roles"])]
 
 
@@ -69,7 +70,9 @@ def may_also_be(word: str) -> frozenset[str]:
             others |= names | words
         elif word in words:
             others |= names
-    if word in SORTS["people"]:  # a man is a person, too; but not each person may be a man
+    # A man is a person, too. The reverse is left out: one caption with "person" would forbid to put
+    # "woman" in the place of "man" in all captions of the image.
+    if word in SORTS["people"]:
         others |= WORDS["persons"]
     return frozenset(others - {word})
 
@@ -84,7 +87,8 @@ walk stroll jog run trot gallop jump leap hop swim dive fly climb crawl slide sk
 sail row dance fall swing float race hike drive
 """.split()
 
-# At most one word of a group is true of a thing. A word of another group may be true of it, too.
+# Of a group mostly one word is true of a thing; which of its words may be true together is said in
+# SYNONYMS. A word of another group may be true of the thing, too.
 CONTRAST = {
     "attribute": word_groups("""
 big large huge small tiny little, tall short long, young old elderly, modern old ancient vintage
@@ -102,11 +106,13 @@ open close, smile cry frown yell
 CONTRAST["attribute"].append([*COLORS, "blond", "blonde"])
 CONTRAST["action"].append(POSTURES + MOVES)
 
-ONE_COLOR = "grass lawn field snow broccoli sky tree leaf lettuce carrot banana tomato sun cloud"
-ONE_COLOR = set(ONE_COLOR.split())
+ONE_COLOR = set("grass lawn field snow broccoli lettuce carrot banana tomato sun cloud".split())
 GENDERED = WORDS["men"] | WORDS["women"]
 PRONOUNS = set("he his him himself she her hers herself".split())
-LIVING = SORTS["people"] | SORTS["animals"] | set("he she it they who that which".split())
+LIVING = (
+    "people family team crowd audience couple group herd flock everyone i we you he she it they"
+)
+LIVING = SORTS["people"].union(SORTS["animals"], LIVING.split(), ["who", "that", "which"])
 
 KNOWN = set().union(*SYNONYMS, *SORTS.values(), *CONTRAST["attribute"], *CONTRAST["action"])
 KNOWN.update(*(names | words for names, words in HYPERNYMS))
@@ -209,19 +215,23 @@ def maskable(words: list[Word], start: int, end: int) -> bool:
     word = words[end - 1]
     nouns_before = [w.lemma for w in words[:start] if w.pos in ("NOUN", "PROPN", "PRON")]
     nouns_after = [w.lemma for w in words[end:] if w.pos in ("NOUN", "PROPN")]
-    if word.lemma in GENERAL:
+    if not movable(words, start, end):
         return False
-    if word.lemma in GENDERED and any(w.text.lower() in PRONOUNS for w in words):
-        return False  # "his" tells that it was a man
-    if word.tag == "VBN":  # covered, parked: of several such states more than one may be true
-        return False
-    if word.lemma in POSTURES and nouns_before and nouns_before[-1] not in LIVING:
-        return False  # a vase that sits on a table also stands there
-    if word.lemma in COLORS and nouns_after and nouns_after[0] in ONE_COLOR:
-        return False
-    if word.pos == "NUM" and (nouns_after[:1] == ["piece"] or words[start - 1].lemma == "between"):
-        return False
-    return movable(words, start, end)
+    if word.pos == "NOUN":
+        general = word.lemma in GENERAL or word.text.lower() in GENERAL  # "clothes": "clothe"
+        told = word.lemma in GENDERED and any(w.text.lower() in PRONOUNS for w in words)  # "his"
+        return not general and not told
+    if word.pos == "VERB":
+        posture_of_thing = (
+            word.lemma in POSTURES and nouns_before and nouns_before[-1] not in LIVING
+        )
+        return word.tag != "VBN" and not posture_of_thing  # "parked"; a vase that sits also stands
+    if word.pos == "ADJ":
+        return not (word.lemma in COLORS and nouns_after and nouns_after[0] in ONE_COLOR)
+    if word.pos == "NUM":
+        between = start > 0 and words[start - 1].lemma == "between"
+        return not between and nouns_after[:1] != ["piece"]
+    return True
 
 
 def head_noun(words: list[Word], unit: Unit) -> int:
@@ -346,6 +356,13 @@ def says_the_same(words: list[Word], a: Unit, b: Unit) -> bool:
 
 # ---- spaCy ---------------------------------------------------------------------------------------
 
+WRONG_LEMMAS = {"rid": "ride", "star": "stare", "shin": "shine"}  # spaCy's, of "riding" ...
+
+
+def lemma_of(token) -> str:
+    lemma = token.lemma_.lower()
+    return WRONG_LEMMAS.get(lemma, lemma) if token.pos_ == "VERB" else lemma
+
 
 class Tagger:
     """spaCy's small English pipeline without the parts that parts of speech do not need."""
@@ -373,7 +390,7 @@ class Tagger:
     def words(self, captions: Iterable[str]) -> Iterator[list[Word]]:
         """The words of each caption; text_of gives the caption back."""
         for doc in self.nlp.pipe(captions, batch_size=256):
-            yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, t.lemma_.lower()) for t in doc]
+            yield [Word(t.text, t.whitespace_, t.pos_, t.tag_, lemma_of(t)) for t in doc]
 
     def is_english(self, words: list[Word]) -> bool:
         """A guess, from how many of the words are known in English, and how many elsewhere.
@@ -413,8 +430,8 @@ class Tagger:
 
     def _lemmas(self, word: str) -> frozenset[str]:
         """The lower-case word and its lemmas as a noun, a verb and an adjective."""
-        lemmas = {word.lower(), re.sub("ing$", "e", word.lower())}  # spaCy: "riding" is of "rid"
+        lemmas = {word.lower()}
         for pos in ("NOUN", "VERB", "ADJ"):
             doc = self.new_doc([word.lower()], pos=[pos])
-            lemmas.add(self.nlp.get_pipe("lemmatizer")(doc)[0].lemma_.lower())
+            lemmas.add(lemma_of(self.nlp.get_pipe("lemmatizer")(doc)[0]))
         return frozenset(lemmas)

@@ -429,7 +429,7 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
     that of the other two. Chance: 25, 25, 16.7, 50. A tie is wrong. An entry may have a group."""
     items, total = [], Counter()
     for e in read_entries(root / name / "examples.jsonl", log):
-        group = e.get("group") or ""
+        group = "" if e.get("group") is None else str(e["group"])
         total.update({"", group})  # "": all entries
         paths = [root / name / "images" / e[f"image_{n}"] for n in (0, 1)]
         images = [ImagePart(path if path.suffix else path.with_suffix(".png")) for path in paths]
@@ -447,7 +447,7 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
         match = own_0 + own_1 - (other_0 + other_1)
         leads = {"Text": text, "Image": image, "Group": min(text, image), "GroupMatch": match}
         same = line_0["same_tokens"]
-        for group in {"": None, line_0["group"]: None}:
+        for group in dict.fromkeys(["", line_0["group"]]):
             for column, lead in leads.items():
                 column = f"{group} {column}".strip()
                 right[column].append(lead > 0 and not same)

@@ -159,8 +159,8 @@ def draw_items(items: list[dict], out: Path) -> None:
     for item in items:
         if not item["image"]:  # SugarCrepe++'s text-only task
             continue
-        path, box, black = ImagePart(*item["image"])
-        image = ImagePart(path, box and tuple(box), black)
+        image = ImagePart(*item["image"])
+        image = image._replace(box=image.box and tuple(image.box))
         name, answer = short(item["row"]), "right" if item["right"] else "wrong"
         decided[image, item["positive"], item["negative"]][answer].append(name)
         if item["benchmark"] in ("aro", "pairs"):
@@ -213,7 +213,7 @@ def write_page(records: list[dict], images: Path, path: Path, sample: int, seed:
         for record in random.Random(seed).sample(made, min(sample, len(made))):
             part = ImagePart(images / record["image"], record.get("box"))
             if not is_there(*part):
-                say(f"left out: {part.path} is absent, or its region {part.box} lies outside it")
+                say(f"left out: {part.path} is absent, or does not have the region {part.box}")
                 continue
             image = open_image(*part)
             image.thumbnail((320, 160))

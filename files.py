@@ -165,10 +165,8 @@ def open_text(path: Path) -> Iterator[TextIO]:
             yield file
     except UnicodeDecodeError as e:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:  # "\udc80" is a byte 80
-            number = 1
-            while not re.search("[\udc80-\udcff]", file.readline()):
-                number += 1
-        where = f"{path}, line {number}"
+            bad = [n for n, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line)]
+        where = f"{path}, line {bad[0]}"
         raise BadInput(f"{where}: it is not UTF-8 (iconv -f LATIN1, or -f UTF-16)") from e
 
 
@@ -258,8 +256,9 @@ def read_entries(path: Path) -> Iterator[dict]:
         elif kind == ".jsonl":
             yield from read_json(read_json_lines(file))
         else:
+            text = file.read()
             with one_line_errors(f"{path} is not JSON (the ending of JSON lines is .jsonl)"):
-                content = json.load(file)
+                content = json.loads(text)
             yield from read_json(content)
 
 
@@ -275,7 +274,7 @@ def read_folder(path: Path) -> Iterator[dict]:
         subfolders.sort()
         if os.path.realpath(folder) in folders_read:
             subfolders.clear()
-            yield {"left_out": "folders that are linked twice"}
+            yield {"left_out": "folders that were read already"}
             continue
         folders_read.add(os.path.realpath(folder))
         parts = [os.path.splitext(name) for name in names]
@@ -323,9 +322,10 @@ def read_table(file: TextIO, kind: str) -> Iterator[dict]:
                 if len(fields) != len(names):
                     raise ValueError(f"line {line}: too many or few fields")
                 for field in fields:
-                    swallowed_row = "\n" in field and IMAGE_OR_ADDRESS.search(field)
-                    if swallowed_row or (delimiter == "\t" and delimiter in field):
+                    if "\n" in field and IMAGE_OR_ADDRESS.search(field):
                         raise ValueError(f"line {line}: a stray quotation mark swallows more lines")
+                    if delimiter == "\t" and delimiter in field:
+                        raise ValueError(f"line {line}: a stray quotation mark swallows a tab")
                 row = dict(zip(names, fields))
                 if names == ["image", "caption"]:
                     row["image"] = row["image"].partition("#")[0]
@@ -406,7 +406,7 @@ class Records(Dataset):
             for number, line in enumerate(file, 1):
                 with one_line_errors(f"{path}, line {number}, is not a record of negatives.py"):
                     name, box, texts = self.parse(line)
-                    part = box
+                    part = None
                     if box:
                         if name not in sizes:
                             sizes[name] = image_size(images / name)
@@ -680,7 +680,7 @@ def read_transformers_config(folder: Path) -> tuple[bool, dict]:
 
 def save_checkpoint(path: Path, loaded, **state) -> None:
     """The file is whole or absent. It holds plain tensors and numbers, so weights_only=True loads
-    it. If open_clip knows content["model"], it loads the file, too:
+    it. If open_clip knows content["model"] with content["config"], it loads the file, too:
     create_model_and_transforms(content["model"], pretrained=path)."""
     from open_clip.model import get_model_preprocess_cfg  # here, because negatives.py needs none
 

@@ -30,9 +30,10 @@ import english
 import files
 
 # The kinds that mask a word, with its part of speech as spaCy names it. To add one, add it here:
-# nothing else must change. (Only objects and numbers have rules of their own, in choose_masked_word
-# and acceptable.) A second kind of swap would need an entry in KINDS, a function like noun_swaps,
-# and those lines of make_negatives again that collect `swaps`, ask the filler, and choose one.
+# nothing else must change. (Rules of a single kind are in english.maskable, those of objects in
+# choose_masked_word, too, and those of numbers in acceptable.) A second kind of swap would need an
+# entry in KINDS, a function like noun_swaps, and those lines of make_negatives again that collect
+# `swaps`, ask the filler, and choose one.
 MASKED_KINDS = {"attribute": "ADJ", "action": "VERB", "object": "NOUN", "number": "NUM"}
 KINDS = ["relation", *MASKED_KINDS]  # all that are made; Sec. 4.4 names numbers as a further kind
 PAPER_KINDS = ["relation", "attribute", "action", "object"]  # T_hn in Sec. 3.2; training's default
@@ -100,7 +101,8 @@ def choose_masked_word(words: Words, kind: str, rng: random.Random) -> tuple[Wor
     """The caption, and the position of the word to mask in it; None if there is no such word.
 
     A compound noun is masked as one word ("a teddy bear" -> "a <mask>"), so the caption may come
-    back shortened. Nothing behind a negation is masked, because it may be false already.
+    back shortened. Not masked are words that english.maskable refuses, and what stands behind a
+    negation, because it may be false already.
     paper: a random word / we: a word of CONTRAST first, because we know what excludes it
     """
     spans = [(i, i + 1) for i in range(len(words))]
@@ -155,9 +157,8 @@ def acceptable(
     for word, weight in proposed.items():
         word = word.lower()
         lemmas = tagger.lemmas(word)
-        if not word.isalpha() or len(word) == 1 or lemmas & true_words:
-            continue
-        if english.groups_of(lemmas, kind) == old_groups:
+        usable = word.isalpha() and len(word) > 1 and not lemmas & true_words
+        if usable and english.groups_of(lemmas, kind) == old_groups:
             passed[word] += weight
     return passed
 

@@ -223,7 +223,10 @@ FILES = {  # name: content, and the captions or an error
     # a quotation mark that is not closed, or is closed by one of a later row
     "j.csv": ('image,caption\na,b\nc.jpg,"d\ne,f\n', "line 3: a stray quotation mark"),
     "j.txt": ('image,caption\na.jpg,"b\nc.jpg,d"\n', "line 2: a stray quotation mark"),
-    "k.tsv": ('caption\turl\n"a dog\tu1\na cat"\tu2\n', "line 2: a stray quotation mark"),
+    "k.tsv": (
+        'caption\turl\n"a dog\tu1\na cat"\tu2\n',
+        "line 2: a stray quotation mark swallows a tab",
+    ),
     "m.csv": ('image,caption\na.jpg,"b\nb"\n\nc.jpg,"d\ne.JPG,f"\n', "line 5: a stray quotation"),
     "l.csv": ('caption,url\n"x",y\n"a,http://u\nb",http://v\n', "line 3: a stray quotation"),
 }
@@ -286,7 +289,7 @@ def test_a_folder_as_img2dataset_leaves_it(tmp_path, capsys):
         (data / name).touch()
     captions = [(c["id"], c["image"], c["caption"]) for c in read_captions(data)]
     assert captions == [(n, k, " ".join(names[k].split())) for n, k in enumerate(names)]
-    left_out = ".json files 2, .txt without an image 1, folders that are linked twice 1, "
+    left_out = ".json files 2, .txt without an image 1, folders that were read already 1, "
     left_out += "hidden files 2, images without a .txt 1, other files 1"
     assert capsys.readouterr().err == f"{data}: captions 7, images 7; left out: {left_out}\n"
     (tmp_path / "2").mkdir()
