@@ -36,10 +36,15 @@ loaded.model.visual.trunk.load_state_dict(weights)
 files.save_checkpoint(pathlib.Path("$OUT/start.pt"), loaded)
 END
 
-# negatives of today's generator, and of the one before its rules for number, sort and plausibility
+# negatives of two older generators: that of commit c83cc2f, and the one before the rules for number,
+# sort and plausibility
+mkdir -p $OUT/generator
+for FILE in negatives.py english.py files.py; do
+    git show c83cc2f:$FILE > $OUT/generator/$FILE
+done
 git show 056ced49:negatives.py > $OUT/negatives_old.py
 for SPLIT in train dev; do
-    [ -e $OUT/new_$SPLIT.jsonl ] || python negatives.py --filler ngram \
+    [ -e $OUT/new_$SPLIT.jsonl ] || python $OUT/generator/negatives.py --filler ngram \
         --captions $DATA/captions_$SPLIT.json --out $OUT/new_$SPLIT.jsonl
     [ -e $OUT/old_$SPLIT.jsonl ] || python $OUT/negatives_old.py --filler ngram \
         --captions $DATA/captions_$SPLIT.json --out $OUT/old_$SPLIT.jsonl
