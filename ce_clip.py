@@ -588,10 +588,15 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
         if "config" in content and isinstance(content.get("model"), str):
             loaded = build_model(content["model"], None, content["config"], content["preprocess"])
         elif (path / "config.json").exists():
-            quick_gelu, preprocess = files.read_transformers_config(path)
-            config = build_model(name).config | {"quick_gelu": quick_gelu}
-            name = Path(name).stem.removesuffix("-quickgelu") + ("-quickgelu" if quick_gelu else "")
+            theirs, preprocess = files.read_transformers_config(path)
+            config = build_model(name).config | {"quick_gelu": theirs["quick_gelu"]}
+            name = Path(name).stem.removesuffix("-quickgelu")
+            name += "-quickgelu" if theirs["quick_gelu"] else ""
             loaded = build_model(name, None, config, preprocess)
+            towers = (loaded.model.transformer, loaded.model.visual.transformer)
+            heads = tuple(tower.resblocks[0].attn.num_heads for tower in towers)
+            if heads != theirs["heads"]:
+                raise ValueError(f"it has {theirs['heads']} attention heads, {name} has {heads}")
         else:
             loaded = build_model(name)
             files.say(
@@ -681,9 +686,11 @@ def parse_args() -> argparse.Namespace:
     add("--save-every", type=at_least(1), default=1000, help="steps between states to resume")
     add("--log-every", type=at_least(1), default=10, help="steps between lines of log.jsonl")
     args = p.parse_args()
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says it
+    processes = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun says it
     if args.batch_size % processes:
-        p.error(f"--batch-size {args.batch_size} does not split over {processes} processes")
+        p.error(
+            f"--batch-size {args.batch_size} does not split over {processes} processes (WORLD_SIZE)"
+        )
     args.kinds = [kind for kind in KINDS if kind in args.kinds]  # in the order of KINDS
     args.out = args.out or str(Path("runs", "+".join(Path(name).stem for name in args.data)))
     return args
@@ -694,10 +701,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "WORLD_SIZE" in os.environ:  # hours may pass while one process makes negatives
-        with one_line_errors(
-            "the processes did not find each other (without torchrun, unset WORLD_SIZE)"
-        ):
+    if os.environ.get("WORLD_SIZE"):  # hours may pass while one process makes negatives
+        with one_line_errors("no other processes found (start with torchrun, or unset WORLD_SIZE)"):
             dist.init_process_group(timeout=timedelta(days=1))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train(args, device)

@@ -172,6 +172,8 @@ def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) 
     """A line for each item whose image is there, also for the log; with `itm` an X-VLM matches."""
     texts_of = defaultdict(dict)  # image -> its texts as keys: each once, and in order
     for item in items:
+        if not isinstance(item.positive, str) or not isinstance(item.negative, str):
+            raise BadInput(f"{item.group}: not two texts: {item.positive}, {item.negative}")
         if item.image in texts_of or files.is_there(*item.image):
             texts_of[item.image].update({item.positive: None, item.negative: None})
         else:
@@ -430,7 +432,7 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
     items, total = [], Counter()
     for e in read_entries(root / name / "examples.jsonl", log):
         group = "" if e.get("group") is None else str(e["group"])
-        total.update({"", group})  # "": all entries
+        total.update(dict.fromkeys(["", group], 1))  # "": all entries
         paths = [root / name / "images" / e[f"image_{n}"] for n in (0, 1)]
         images = [ImagePart(path if path.suffix else path.with_suffix(".png")) for path in paths]
         absent = [image for image in images if not files.is_there(*image)]
@@ -439,7 +441,10 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
             items.append(Item(group, images[0], e["caption_0"], e["caption_1"]))
             items.append(Item(group, images[1], e["caption_1"], e["caption_0"]))
     lines = score_items(scorer, items, log)
-    cells, right = defaultdict(Cell), defaultdict(list)
+    cells, right = {}, defaultdict(list)
+    for group, count in total.items():
+        for column in ("Text", "Image", "Group", "GroupMatch"):
+            cells[f"{group} {column}".strip()] = Cell(total=count)
     for line_0, line_1 in zip(lines[::2], lines[1::2]):
         (own_0, other_0), (own_1, other_1) = line_0["scores"], line_1["scores"]
         text = min(own_0 - other_0, own_1 - other_1)
@@ -451,11 +456,10 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
             for column, lead in leads.items():
                 column = f"{group} {column}".strip()
                 right[column].append(lead > 0 and not same)
-                cells[column].total = total[group]
                 cells[column].ties += lead == 0 and not same
                 cells[column].same_tokens += same
-    for column, of_column in right.items():
-        cells[column].value, cells[column].scored = percent(of_column), len(of_column)
+    for column, cell in cells.items():
+        cell.value, cell.scored = percent(right[column]), len(right[column])
     return cells
 
 
@@ -476,16 +480,25 @@ def whatsup(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     return cells | {"Avg": mean(cells.values())}
 
 
+def image_of(record: dict, folder: Path) -> ImagePart:
+    box = tuple(record["box"]) if record.get("box") else None
+    return ImagePart(folder / str(record["image"]), box)
+
+
 def generated_negatives(scorer: Scorer, path: Path, folder: Path, log: Log) -> dict[str, Cell]:
-    """Each kind of a file that negatives.py wrote, and their mean."""
-    items = []
-    with one_line_errors(f"{path} is not a file of negatives.py"), path.open("rb") as file:
-        for record in map(json.loads, file):
-            box = tuple(record["box"]) if record.get("box") else None
-            image = ImagePart(folder / record["image"], box)
+    """Each kind of a file that negatives.py wrote, and their mean. As in training, what has no
+    caption is left out."""
+    items, left_out = [], Counter()
+    with one_line_errors(f"{path} is not a file of negatives.py"), files.open_text(path) as file:
+        for record in files.read_json_lines(file):
+            caption = (record["caption"] or "").strip()
+            if not caption:
+                left_out["without a caption"] += 1
+                continue
             for kind, text in record.items():
                 if isinstance(text, str) and kind not in ("id", "image", "caption"):
-                    items.append(Item(kind, image, record["caption"], text))
+                    items.append(Item(kind, image_of(record, folder), caption, text))
+    files.say_once(f"{path}: negatives {len(items):,}{files.counted(left_out)}")
     groups = accuracies(scorer, items, log)
     return groups | {"mean": mean(groups.values())}
 
@@ -502,7 +515,7 @@ def retrieval(scorer: Scorer, captions: Path, folder: Path, log: Log, splits=())
     if log.note_if_absent(captions):
         return {}
     records = files.read_captions(captions, splits)
-    images = [ImagePart(folder / record["image"]) for record in records]
+    images = [image_of(record, folder) for record in records]
     absent = [image for image in images if not files.is_there(*image)]
     scored = len(records) - len(absent)
     if absent:

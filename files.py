@@ -217,7 +217,7 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
     others keep their order. What is left out is counted, and said in one line. Raises BadInput.
     """
     captions, left_out = [], Counter()
-    number = 0
+    number, with_line_break = 0, 0
     with one_line_errors(f"{path} is not a captions file (docs/data.md says what is read)"):
         for entry in read_entries(path):
             if "left_out" in entry:
@@ -225,6 +225,7 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
                 continue
             split = entry.pop("split", None)
             text = entry["caption"] if isinstance(entry["caption"], str) else ""
+            line_break = "\n" in text.strip()
             text = " ".join(html.unescape(text).split())
             text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes "?"
             if splits and split not in splits:
@@ -234,13 +235,17 @@ def read_captions(path: Path, splits: Iterable[str] = ()) -> list[dict]:
             else:
                 entry.update(image=str(entry["image"]), caption=text)
                 captions.append({"id": number, **entry})
+                with_line_break += line_break
             number += 1
     if not captions:
         of_splits = f" of split {' or '.join(splits)}" if splits else ""
         line = f"{path} holds no captions{of_splits}: docs/data.md says what is read"
         raise BadInput(line + counted(left_out))
     images = len({caption["image"] for caption in captions})
-    say_once(f"{path}: captions {len(captions):,}, images {images:,}{counted(left_out)}")
+    line = f"{path}: captions {len(captions):,}, images {images:,}"
+    if with_line_break:  # perhaps a quotation mark that is not closed
+        line += f", of several lines {with_line_break:,}"
+    say_once(line + counted(left_out))
     return captions
 
 
@@ -430,7 +435,8 @@ class Records(Dataset):
 
     def parse(self, line: bytes) -> tuple[str, list | None, list[str]]:
         record = json.loads(line)
-        texts = [record["caption"]] + [record[kind] or "" for kind in self.kinds]
+        texts = [(record["caption"] or "").strip()]
+        texts += [record[kind] or "" for kind in self.kinds]
         return str(record["image"]), record.get("box"), texts
 
     def __len__(self) -> int:
@@ -452,7 +458,9 @@ def check_images(folder: Path, names: set[str]) -> None:
         parent, file_name = os.path.split(os.path.join(folder, name))
         if parent not in listed:
             with one_line_errors(f"{parent} cannot be listed"):
-                listed[parent] = set(os.listdir(parent))
+                links = [entry for entry in os.scandir(parent) if entry.is_symlink()]
+                broken = {entry.name for entry in links if not os.path.exists(entry.path)}
+                listed[parent] = set(os.listdir(parent)) - broken
         if file_name not in listed[parent]:
             absent.append(Path(parent, file_name))
     for image in absent:
@@ -649,33 +657,38 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def read_transformers_config(folder: Path) -> tuple[bool, dict]:
-    """What a folder of transformers says of a CLIPModel besides its sizes: whether its activation
-    is QuickGELU (if not, GELU), and open_clip's image_mean, image_std ... Raises ValueError."""
+def read_transformers_config(folder: Path) -> tuple[dict, dict]:
+    """What a folder of transformers says of a CLIPModel besides its sizes, in two dicts: whether it
+    is of "quick_gelu" and the "heads" of its two towers; and open_clip's image_mean, image_std ...
+    What it leaves out has transformers' default. Raises ValueError for what open_clip lacks."""
     config = json.loads((folder / "config.json").read_text())
-    towers = [config.get(tower, {}) for tower in ("text_config", "vision_config")]
-    activations = {tower.get("hidden_act", "quick_gelu") for tower in towers}  # the default
+    text, vision = (config.get(tower, {}) for tower in ("text_config", "vision_config"))
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
     if activations not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(f"its activations are {sorted(activations)}, not quick_gelu or gelu")
+    heads = (text.get("num_attention_heads", 8), vision.get("num_attention_heads", 12))
+    model = {"quick_gelu": activations == {"quick_gelu"}, "heads": heads}
     processor = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):  # before and since version 5
+    # one is of transformers before version 5, the other since then
+    for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
             content = json.loads((folder / name).read_text())
             content = content.get("image_processor", content)
             if "image_mean" in content:
                 processor = content
-    preprocess = {}
-    if processor:
-        has_height = isinstance(processor.get("size"), dict) and "height" in processor["size"]
-        preprocess = {
-            "image_mean": processor["image_mean"],
-            "image_std": processor["image_std"],
-            "image_interpolation": {2: "bilinear", 3: "bicubic"}[processor.get("resample", 3)],
-            "image_resize_mode": "squash" if has_height else "shortest",
-        }
-    else:
+    if not processor:
         say(f"warning: {folder} does not say its image transforms: those of OpenAI are assumed")
-    return activations == {"quick_gelu"}, preprocess
+        return model, {}
+    for step in ("do_normalize", "do_rescale", "do_resize"):
+        if not processor.get(step, True):
+            raise ValueError(f"it says {step}: false of its images, which open_clip always does")
+    has_height = isinstance(processor.get("size"), dict) and "height" in processor["size"]
+    return model, {
+        "image_mean": processor["image_mean"],
+        "image_std": processor["image_std"],
+        "image_interpolation": {2: "bilinear", 3: "bicubic"}[processor.get("resample", 3)],
+        "image_resize_mode": "squash" if has_height else "shortest",
+    }
 
 
 def save_checkpoint(path: Path, loaded, **state) -> None:

@@ -86,6 +86,12 @@ def test_a_tie_is_wrong_and_a_missing_image_is_counted():
     )
 
 
+def test_an_item_needs_two_texts():
+    items = [Item("x", ImagePart(Path("a")), None, "dog")]
+    with pytest.raises(files.BadInput, match="^x: not two texts: None, dog$"):
+        eval_bench.accuracies(by_hand({}, {}), items, Log())
+
+
 def test_blind_accuracy_and_looking_by_hand():
     """Leads of cat over dog: 0.8 for image a, -0.7 for b."""
     texts = {"cat": [1, 0], "pet": [1, 0], "dog": [0, 1]}
@@ -167,19 +173,22 @@ def test_two_images_by_hand(tmp_path):
     pairs = [("p", "q"), ("strong", "weak.png"), ("p", "even"), ("even", "q"), ("p", "absent")]
     lines = [{"image_0": a, "image_1": b, "caption_0": "c0", "caption_1": "c1"} for a, b in pairs]
     lines[0]["group"] = lines[1]["group"] = "object"
+    lines[4]["group"] = 0  # its images are absent
     save(tmp_path / "vismin" / "examples.jsonl", "\n".join(map(json.dumps, lines)))
     cells = eval_bench.two_images(scorer, tmp_path, log := Log(), "vismin")
     expected = {"Text": Cell(50, 4, 5, 2), "Image": Cell(25, 4, 5, 2), "Group": Cell(25, 4, 5, 2)}
     expected |= {"GroupMatch": Cell(100, 4, 5), "object GroupMatch": Cell(100, 2, 2)}
     expected |= {"object Text": Cell(100, 2, 2), "object Image": Cell(50, 2, 2)}
-    assert cells == expected | {"object Group": Cell(50, 2, 2)}
+    expected["object Group"] = Cell(50, 2, 2)
+    absent = {f"0 {column}": Cell(None, 0, 1) for column in list(expected)[:4]}
+    assert cells == expected | absent
     assert list(cells)[:5] == ["Text", "Image", "Group", "GroupMatch", "object Text"]
     assert len(log.decisions) == 8
     assert log.all_absent() == [f"images (1), the first is {folder / 'absent.png'}"]
     for name in images:  # a model of the text alone: c0 is likelier than c1
         scorer.images[ImagePart(folder / f"{name}.png")] = tensor([1, 0.3])
     cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
-    assert {cell.value for cell in cells.values()} == {0}
+    assert {cell.value for cell in cells.values() if cell.scored} == {0}
     scorer.tokens["c0"] = scorer.tokens["c1"] = tensor([1])  # the captions are cut to the same
     save(tmp_path / "vismin" / "examples.jsonl", json.dumps(lines[0] | {"group": None}))
     cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
@@ -464,19 +473,23 @@ def test_wise_ft_lies_between_base_and_checkpoint(place, monkeypatch):
         torch.testing.assert_close(weight, 0.75 * one[name] + 0.25 * two[name])
 
 
-def test_command_on_data_of_your_own(score):
+def test_command_on_data_of_your_own(score, monkeypatch):
     record = {"id": 1, "image": "0.jpg", "caption": "a red dog", "missing": ["x"], "relation": None}
     records = [record | {"object": "a red cat"}, record | {"image": "9.jpg", "object": "a red cow"}]
     records.append(record | {"image": "1.jpg", "of my own": "a cow", "box": [5, 3, 30, 40]})
     records.append(records[2] | {"image": "2.jpg"})
     records.append(records[2] | {"box": [900, 3, 930, 40]})  # outside: absent
+    records += [record | {"caption": caption, "object": "a cow"} for caption in (None, " ")]
     save(Path("n.jsonl"), "\n".join(map(json.dumps, records)))
     sentences = [{"raw": "a dog"}, {"raw": "a cat"}]
     images = [{"filename": f"{i}.jpg", "split": "test", "sentences": sentences} for i in range(2)]
     images.append({"filename": "none.jpg", "split": "train", "sentences": sentences})
     save(Path("k.json"), {"images": images})
+    said = []
+    monkeypatch.setattr(files, "say_once", said.append)
     options = f"--ckpt {ONE} --pairs n.jsonl --captions k.json --split test --blind"
     text, saved, lines = score(f"{options} --images data/coco/val2017")
+    assert "n.jsonl: negatives 5; left out: without a caption 2" in said
     cells = saved["pairs"][ONE]
     counts = {kind: (cell.scored, cell.total) for kind, cell in cells.items()}
     assert counts == {"object": (1, 2), "of my own": (2, 3), "mean": (3, 5)}

@@ -245,7 +245,8 @@ def test_captions_files(tmp_path, capsys, name):
         images = len({entry["image"] for entry in expected})
         left_out = f"; left out: without a caption or an image {LEFT_OUT.get(name)}"
         left_out = left_out if name in LEFT_OUT else ""
-        line = f"{path}: captions {len(expected)}, images {images}{left_out}\n"
+        lines = ", of several lines 1" if name == "open_clip.csv" else ""
+        line = f"{path}: captions {len(expected)}, images {images}{lines}{left_out}\n"
         assert capsys.readouterr().err == line
         return
     with pytest.raises(BadInput, match=f"^{path}[ ,][^\n]*{expected}[^\n]*$"):
@@ -324,6 +325,9 @@ def test_images_are_looked_for_before_training(tmp_path):
     ]:
         with pytest.raises(BadInput, match=f"^{re.escape(f'{tmp_path}/{message}')}$"):
             files.check_images(tmp_path, names | absent)
+    (tmp_path / "x" / "link.jpg").symlink_to("nowhere")
+    with pytest.raises(BadInput, match="x/link.jpg: no such image .1 are missing"):
+        files.check_images(tmp_path, {"x/link.jpg"})
     with pytest.MonkeyPatch.context() as patch:  # a disk that spells names in its own way
         patch.setattr(os, "listdir", lambda _: [])
         files.check_images(tmp_path, names)
@@ -506,7 +510,9 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
         ) == str(again.eval_transform)
     assert capsys.readouterr().err.count("warning") == 1
     assert features(again, photo).isfinite().all()
-    (tmp_path / "config.json").write_text("{}")  # transformers leaves out what is its default
+    heads = {"num_attention_heads": 2}  # transformers leaves out what is its default
+    small = json.dumps({"text_config": heads, "vision_config": heads})
+    (tmp_path / "config.json").write_text(small)
     again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
     assert again.config["quick_gelu"]
     assert ce_clip.build_model("tiny").config["quick_gelu"]  # what the name means did not change
@@ -517,7 +523,15 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
             BadInput, match=r"its activations are \['.*'\], not quick_gelu or gelu$"
         ):
             ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")  # of other heads, which no weight tells
+    with pytest.raises(BadInput, match=r"it has \(8, 12\) attention heads, tiny-quickgelu has \(2"):
+        ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    (tmp_path / "config.json").write_text(small)
+    processor["do_normalize"] = False
+    (tmp_path / name).write_text(json.dumps({"image_processor": processor}))
+    with pytest.raises(BadInput, match="it says do_normalize: false of its images"):
+        ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    (tmp_path / name).unlink()
     (tmp_path / "adapter_config.json").write_text("{}")  # that was merged
     assert ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
 

@@ -71,6 +71,8 @@ def test_openai_weights_always_get_quickgelu(monkeypatch, tmp_path):
     (tmp_path / "openai").mkdir()  # a folder does not hide a tag
     assert asks("openai") == asks("openai", "ViT-B-32") == "ViT-B-32-quickgelu openai!"
     assert asks("ViT-L-14/openai") == "ViT-L-14-quickgelu openai!"
+    with pytest.raises(BadInput, match="^hf-hub: is not a model that open_clip can build"):
+        ce_clip.load_model("hf-hub:")
     other = "ViT-B-32 laion2b_e16!"
     assert asks("laion2b_e16", "ViT-B-32") == asks("ViT-B-32/laion2b_e16") == other
     for name in open_clip.list_pretrained_models_by_tag("openai"):
@@ -523,7 +525,7 @@ def test_torchrun_ends_with_the_line_of_the_process_that_failed(world, tmp_path)
 
 def test_world_size_without_torchrun(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a scheduler sets it
-    message = "the processes did not find each other (without torchrun, unset WORLD_SIZE): "
+    message = "no other processes found (start with torchrun, or unset WORLD_SIZE): "
     assert message in refused(world, tmp_path / "x")
 
 
