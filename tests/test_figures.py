@@ -105,7 +105,7 @@ def test_the_interval_is_the_normals():
     assert found == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.1 * half)
 
 
-def test_sheet_and_page_of_negatives(world, draw, tmp_path):
+def test_sheet_and_page_of_negatives(world, draw, tmp_path, capsys):
     arguments = ["--negatives", world / "negatives.jsonl", "--images", world]
     axes = draw(*arguments)[f"{world.name}.png"]
     assert 5 <= len(axes) <= 10
@@ -119,4 +119,10 @@ def test_sheet_and_page_of_negatives(world, draw, tmp_path):
     assert pages[0].count("<img src='data:image/jpeg;base64,") == 3 * 5
     assert "<h2>number: 16 of 24 captions</h2>" in pages[0]
     assert "a <b>blue</b> dog chases a ball" in pages[0]
+    lost = {"image": "0.png", "box": [900, 0, 901, 1], "caption": "a dog", "relation": "a cat"}
+    (tmp_path / "lost.jsonl").write_text(json.dumps(lost))
+    draw("--negatives", tmp_path / "lost.jsonl", "--images", world, out=tmp_path / "lost.html")
+    assert "<img" not in (tmp_path / "lost.html").read_text()
+    left_out = f"{world / '0.png'} is absent, or does not have the region [900, 0, 901, 1]"
+    assert f"left out: {left_out}\n" in capsys.readouterr().err
     assert figures.marked("a <b> dog", "a <b> cat") == "a &lt;b&gt; <b>cat</b>"
