@@ -688,9 +688,7 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     processes = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun says it
     if args.batch_size % processes:
-        p.error(
-            f"--batch-size {args.batch_size} does not split over {processes} processes (WORLD_SIZE)"
-        )
+        p.error(f"--batch-size {args.batch_size} does not split over WORLD_SIZE = {processes}")
     args.kinds = [kind for kind in KINDS if kind in args.kinds]  # in the order of KINDS
     args.out = args.out or str(Path("runs", "+".join(Path(name).stem for name in args.data)))
     return args

@@ -2,7 +2,7 @@
 
 The lists were made by hand from the commonest words of COCO and Flickr8k. Nearly all are lemmas.
     SYNONYMS, HYPERNYMS  words that may be true of one thing, and so do not make a caption false
-    CONTRAST             words that exclude each other, such as "black" and "white"
+    CONTRAST             groups of words that mostly exclude each other: "black" and "white"
     SORTS                people, animals, food ...: one of a sort easily takes another one's place
     PHRASES, WEAK        what is neither masked nor moved: half of "hot dog", and vague words
     GENERAL, ONE_COLOR   what is not masked: the name of a whole sort, and the colour of grass

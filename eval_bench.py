@@ -424,16 +424,23 @@ def sugarcrepe_pp(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     return cells | means
 
 
-def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cell]:
+def columns_of(group: str) -> dict[str, str]:
+    """{title: column} in which an entry of the group counts: those of all, and of its group."""
+    columns = ("Text", "Image", "Group", "GroupMatch")
+    return {f"{name} {column}".strip(): column for name in ("", group) for column in columns}
+
+
+def two_images(scorer: Scorer, root: Path, log: Log, benchmark: str) -> dict[str, Cell]:
     """Winoground (arXiv 2204.03162) and sets of its kind, after the paper: two images, each with a
     caption. Text: each image is closer to its own caption. Image: each caption is closer to its own
     image. Group: both. GroupMatch (arXiv 2510.07632): the sum of the two own scores is higher than
     that of the other two. Chance: 25, 25, 16.7, 50. A tie is wrong. An entry may have a group."""
-    items, total = [], Counter()
-    for e in read_entries(root / name / "examples.jsonl", log):
+    items, cells, right = [], defaultdict(Cell), defaultdict(list)
+    for e in read_entries(root / benchmark / "examples.jsonl", log):
         group = "" if e.get("group") is None else str(e["group"])
-        total.update(dict.fromkeys(["", group], 1))  # "": all entries
-        paths = [root / name / "images" / e[f"image_{n}"] for n in (0, 1)]
+        for name in columns_of(group):
+            cells[name].total += 1
+        paths = [root / benchmark / "images" / e[f"image_{n}"] for n in (0, 1)]
         images = [ImagePart(path if path.suffix else path.with_suffix(".png")) for path in paths]
         absent = [image for image in images if not files.is_there(*image)]
         log.absent_images += absent
@@ -441,10 +448,6 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
             items.append(Item(group, images[0], e["caption_0"], e["caption_1"]))
             items.append(Item(group, images[1], e["caption_1"], e["caption_0"]))
     lines = score_items(scorer, items, log)
-    cells, right = {}, defaultdict(list)
-    for group, count in total.items():
-        for column in ("Text", "Image", "Group", "GroupMatch"):
-            cells[f"{group} {column}".strip()] = Cell(total=count)
     for line_0, line_1 in zip(lines[::2], lines[1::2]):
         (own_0, other_0), (own_1, other_1) = line_0["scores"], line_1["scores"]
         text = min(own_0 - other_0, own_1 - other_1)
@@ -452,12 +455,10 @@ def two_images(scorer: Scorer, root: Path, log: Log, name: str) -> dict[str, Cel
         match = own_0 + own_1 - (other_0 + other_1)
         leads = {"Text": text, "Image": image, "Group": min(text, image), "GroupMatch": match}
         same = line_0["same_tokens"]
-        for group in dict.fromkeys(["", line_0["group"]]):
-            for column, lead in leads.items():
-                column = f"{group} {column}".strip()
-                right[column].append(lead > 0 and not same)
-                cells[column].ties += lead == 0 and not same
-                cells[column].same_tokens += same
+        for name, column in columns_of(line_0["group"]).items():
+            right[name].append(leads[column] > 0 and not same)
+            cells[name].ties += leads[column] == 0 and not same
+            cells[name].same_tokens += same
     for column, cell in cells.items():
         cell.value, cell.scored = percent(right[column]), len(right[column])
     return cells

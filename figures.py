@@ -35,6 +35,7 @@ COSINE = "cosine x 100"
 GREEN, RED = "#0a7d28", "#b3261e"  # true and false captions
 BLUE, DARK, ORANGE, TEAL = "#56b4e9", "#00446b", "#d55e00", "#009e73"  # all can tell them apart
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0}  # behind a number
+STD = "± std of several seeds"
 SAMPLES = 50_000  # of the bootstrap
 
 
@@ -50,7 +51,7 @@ def save(figure, path: Path) -> None:
     Image.open(png).convert("RGB").quantize().save(path, optimize=True)
 
 
-def bars(path: Path, label: str, panels: dict, blind: dict, error="± std of several seeds") -> None:
+def bars(path: Path, label: str, panels: dict, blind: dict, error=STD) -> None:
     """Panels side by side: {title: {name: (value, low, high)}}, where low and high are the ends of
     an error bar. A darker bar inside shows the value of `blind`, if the title is in it."""
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))

@@ -458,9 +458,8 @@ def check_images(folder: Path, names: set[str]) -> None:
         parent, file_name = os.path.split(os.path.join(folder, name))
         if parent not in listed:
             with one_line_errors(f"{parent} cannot be listed"):
-                links = [entry for entry in os.scandir(parent) if entry.is_symlink()]
-                broken = {entry.name for entry in links if not os.path.exists(entry.path)}
-                listed[parent] = set(os.listdir(parent)) - broken
+                entries = os.scandir(parent)
+                listed[parent] = {e.name for e in entries if not e.is_symlink() or e.is_file()}
         if file_name not in listed[parent]:
             absent.append(Path(parent, file_name))
     for image in absent:

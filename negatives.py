@@ -181,7 +181,7 @@ class MaskedLMFiller:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model, info = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True)
             if info["missing_keys"]:  # such as those of its head: they would be random
-                raise ValueError(f"weights are missing: {', '.join(info['missing_keys'])}")
+                raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys']))}")
             self.model = model.to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts from 2
         self.options = {"truncation": True, "max_length": longest, "padding": True}
@@ -406,7 +406,7 @@ def generate(
     records = files.read_captions(captions, split)
     chunks = split_into_chunks(records)
     chunks = chunks[len(chunks) * (number - 1) // total : len(chunks) * number // total]
-    source = [path.read_text() for path in english.FILES]  # they decide the output, too
+    source = [path.read_text("utf-8") for path in english.FILES]  # they decide the output, too
     settings = [records, MASKED_KINDS, MAX_PAIRS, source, filler, seed, strict_swaps, candidates]
     digest = files.sha256(json.dumps(settings))[:16]
     folder = Path(f"{out}.part")

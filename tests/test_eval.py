@@ -190,6 +190,8 @@ def test_two_images_by_hand(tmp_path):
     cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
     assert {cell.value for cell in cells.values() if cell.scored} == {0}
     scorer.tokens["c0"] = scorer.tokens["c1"] = tensor([1])  # the captions are cut to the same
+    scorer.images[ImagePart(folder / "p.png")] = tensor([1, 0.2])
+    scorer.images[ImagePart(folder / "q.png")] = tensor([0.1, 1])
     save(tmp_path / "vismin" / "examples.jsonl", json.dumps(lines[0] | {"group": None}))
     cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
     assert cells == dict.fromkeys(list(expected)[:4], Cell(0, 1, 1, same_tokens=1))
@@ -283,6 +285,7 @@ def test_tables():
     text = eval_bench.report("vlc", results["vlc"], None, ["x", "y"])
     assert "% - PARTIAL\n" in text and text.endswith("\n\nAbsent: x; y")
     assert "PARTIAL" in eval_bench.report("pairs", {"b": {"mean": Cell(None, 1, 2)}}, None, [])
+    assert "not scored. It has no items" in eval_bench.report("pairs", {"b": {}}, None, [])
 
 
 def test_retrieval_by_hand(tmp_path):

@@ -147,7 +147,7 @@ def test_batches_cover_an_epoch_and_split_over_processes(world, tmp_path, monkey
         parts.append(list(ce_clip.batch_keys(11, 4, epochs=2, seed=1)))
     assert [a + b for a, b in zip(*parts)] == whole
     monkeypatch.setenv("WORLD_SIZE", "2")  # said before there is a process group
-    message = "--batch-size 7 does not split over 2 processes"
+    message = "--batch-size 7 does not split over WORLD_SIZE = 2"
     assert message in refused(world, tmp_path / "x", "--batch-size", 7)
 
 
@@ -500,7 +500,7 @@ def test_regions_outside_their_image_are_left_out(world, tmp_path):
     boxes = [[0, 0, 40, 36], [30, 30, 50, 50], [5, -904, 9, -879], [40, 0, 50, 9]]
     lines = (world / "negatives.jsonl").read_text().splitlines()
     records = [json.loads(line) | {"box": boxes[i % 4]} for i, line in enumerate(lines)]
-    records[0]["caption"] = ""
+    records[0]["caption"] = " "
     (tmp_path / "vg.jsonl").write_text("\n".join(map(json.dumps, records)))
     code, output = run(tiny(world, tmp_path / "x", "--data", tmp_path / "vg.jsonl", "--epochs", 1))
     counts = "vg.jsonl: captions 11, images 11, regions clipped to their image 6; "
@@ -524,6 +524,9 @@ def test_torchrun_ends_with_the_line_of_the_process_that_failed(world, tmp_path)
 
 
 def test_world_size_without_torchrun(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setattr(sys, "argv", ["ce_clip.py"])
+    assert ce_clip.parse_args().batch_size == 256
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a scheduler sets it
     message = "no other processes found (start with torchrun, or unset WORLD_SIZE): "
     assert message in refused(world, tmp_path / "x")
