@@ -17,6 +17,7 @@ from ce_clip import (
     imc_loss_released,
     itc_hn_loss,
     itc_loss,
+    looking_loss,
     own_pairs,
     similarities,
 )
@@ -261,6 +262,90 @@ def test_similarities_by_hand():
     assert text_neg.tolist() == [[6], [-22]]
 
 
+# ---- looking_loss (ours) -------------------------------------------------------------------------
+
+IMAGE = tensor([[1.0, 0.5], [0.25, 1.0]])
+TEXT = tensor([[[1.0, 0.0], [0.2, 0.4], [9.0, 9.0]], [[0.0, 1.0], [5.0, 5.0], [0.0, 0.5]]])
+ONE_EACH = tensor([[True, False], [False, True]])  # the 9s and 5s must not count
+SCALE = tensor(1.0)
+# Caption 0 less its negative is (.8, -.4), so d = (2, -1) / sqrt 5, and I.d is 1.5 / sqrt 5 for its
+# own image and -.5 / sqrt 5 for the other one. Its lead is .8 - .2 = .6.
+# Caption 1 less its negative is (0, .5), so d = (0, 1), and I.d is 1 for its own image and .5 for
+# the other one. Its lead is .5.
+# With one other image the loss of a pair is log(1 + e^-(own less other)).
+
+
+def test_looking_by_hand():
+    first, second = math.log1p(math.exp(-2 / math.sqrt(5))), math.log1p(math.exp(-0.5))
+    loss = looking_loss(IMAGE, TEXT, SCALE, ONE_EACH).item()
+    assert loss == close((0.6 * first + 0.5 * second) / 2)
+    # Twice the scale: leads of 1.2 and 1, of which at most 1 counts
+    first, second = math.log1p(math.exp(-4 / math.sqrt(5))), math.log1p(math.exp(-1))
+    assert looking_loss(IMAGE, TEXT, 2 * SCALE, ONE_EACH).item() == close((first + second) / 2)
+
+
+def test_looking_is_the_text_to_image_half_of_eq_1_of_the_directions():
+    torch.manual_seed(0)
+    image, text = torch.randn(5, 8), torch.randn(5, 2, 8)
+    text[:, 0] = text[:, 1] + image + 0.5 * torch.randn(5, 8)  # each caption leads by far
+    difference = text[:, 0] - text[:, 1]
+    sim = 9 * image @ (difference / difference.norm(dim=1, keepdim=True)).T
+    loss = looking_loss(image, text, tensor(9.0), torch.ones(5, 1, dtype=torch.bool))
+    assert loss.item() == close(torch.nn.functional.cross_entropy(sim.T, torch.arange(5)).item())
+
+
+def test_looking_ignores_what_all_images_share_and_how_far_a_negative_is():
+    """All pairs lead by more than one logit here, before and after."""
+    loss = looking_loss(IMAGE, TEXT, 3 * SCALE, ONE_EACH)
+    shifted = looking_loss(IMAGE + tensor([7.0, 3.0]), TEXT, 3 * SCALE, ONE_EACH)
+    longer = TEXT.clone()
+    longer[1, 2] = tensor([0.0, -3.0])  # (0, 1) less (0, -3): eight times as far, the same way
+    assert shifted.item() == close(loss.item())
+    assert looking_loss(IMAGE, longer, 3 * SCALE, ONE_EACH).item() == close(loss.item())
+
+
+def test_looking_counts_no_pair_that_does_not_lead():
+    """Both images lead the other way, and other images would have to."""
+    text = TEXT[:, [1, 0, 2]].clone().requires_grad_()
+    loss = looking_loss(IMAGE, text, SCALE, tensor([[True, False], [False, False]]))
+    loss.backward()
+    assert loss.item() == 0 and text.grad.abs().max() == 0
+
+
+def test_looking_gradient_by_hand():
+    """With caption 1 alone, its weight is .5; the other image has a share of p = 1 / (1 + e^.5).
+    dL/dI = 1/B * .5 * p * d, with a minus for the own image. dL/dd = 1/B * .5 * p * (I_0 - I_1) =
+    p / 4 * (.75, -.5); of it the part across d turns T - T_n, divided by its length .5:
+    p * (.375, 0)."""
+    image, text = IMAGE.clone().requires_grad_(), TEXT.clone().requires_grad_()
+    only = tensor([[False, False], [False, True]])
+    looking_loss(image, text, SCALE, only).backward()
+    p = 1 / (1 + math.exp(0.5))
+    assert image.grad.flatten().tolist() == close([0, p / 4, 0, -p / 4])
+    assert text.grad[1].flatten().tolist() == close([0.375 * p, 0, 0, 0, -0.375 * p, 0])
+    assert text.grad[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("pairs", "valid"), [(1, ONE_EACH[:1]), (2, torch.zeros_like(ONE_EACH)), (2, ONE_EACH[:, :0])]
+)
+def test_looking_is_zero_for_one_pair_and_without_negatives(pairs, valid):
+    text = TEXT[:pairs, : 1 + valid.shape[1]].clone().requires_grad_()
+    loss = looking_loss(IMAGE[:pairs], text, SCALE, valid)
+    loss.backward()
+    assert loss.item() == 0 and text.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("distance", [0, 1e-12, 1e-6])
+def test_looking_of_a_negative_close_to_its_caption_has_a_small_gradient(distance):
+    """d has the length 1 however close they are, but the weight falls with the distance."""
+    text = TEXT.clone()
+    text[0, 1] = text[0, 0] - distance * tensor([1.0, -0.5])
+    text.requires_grad_()
+    looking_loss(IMAGE, text, SCALE, tensor([[True, False], [False, False]])).backward()
+    assert text.grad.isfinite().all() and text.grad.abs().max() < 1
+
+
 # ---- All of them ---------------------------------------------------------------------------------
 
 
@@ -341,6 +426,12 @@ WRONG = {
     "cmr_loss: threshold has shape (3,), expected (2,)": lambda: cmr_loss(
         POS, NEG, torch.zeros(3), VALID
     ),
+    "looking_loss: image has shape (3, 2), expected (2, 2)": lambda: looking_loss(
+        torch.ones(3, 2), TEXT, SCALE, VALID
+    ),
+    "looking_loss: text has shape (2, 2, 2), expected (2, 3, 2)": lambda: looking_loss(
+        IMAGE, TEXT[:, 1:], SCALE, VALID
+    ),
     "adaptive_threshold: previous has shape (1,), expected (2,)": lambda: adaptive_threshold(
         POS, NEG, VALID, previous=torch.zeros(1)
     ),
@@ -360,6 +451,7 @@ def test_valid_must_be_bool():
         lambda valid: imc_loss(POS, NEG, valid),
         lambda valid: cmr_loss(POS, NEG, torch.zeros(2), valid),
         lambda valid: adaptive_threshold(POS, NEG, valid),
+        lambda valid: looking_loss(IMAGE, TEXT, SCALE, valid),
     ):
         with pytest.raises(RuntimeError, match="boolean mask"):
             loss(VALID.long())

@@ -365,7 +365,8 @@ def test_losses_of_table_4_are_settings_of_eq_8(world, tmp_path):
         options = ["--batch-size", 24, "--epochs", 1, "--losses", losses, "--threshold", 1]
         [line] = train(world, tmp_path / losses, *options, "--no-augmentation")
         expected = line["itc"] + 0.4 * line["cmr"] * ("cmr" in losses)
-        expected += 0.2 * line["imc"] * ("imc" in losses)
+        expected += 0.2 * line["imc"] * ("imc" in losses) + 0.2 * line.get("look", 0)
+        assert ("look" in line) == ("look" in losses)
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
         lines[losses] = line
     assert lines["itc"]["itc"] < lines["itc,hn"]["itc"] == lines[LOSSES[0]]["itc"]
@@ -379,6 +380,9 @@ def test_losses_of_table_4_are_settings_of_eq_8(world, tmp_path):
     every = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])
     released = ce_clip.imc_loss_released(every, batch[2]).item()
     assert lines["itc,hn,imc_released,cmr"]["imc"] == pytest.approx(released, rel=1e-5)
+    looking = ce_clip.looking_loss(image, text, scale, batch[2]).item()
+    for losses in ("itc,hn,look", LOSSES[-1]):
+        assert lines[losses]["look"] == pytest.approx(looking, rel=1e-5)
 
 
 def test_kinds_that_are_trained_on(world, tmp_path):
