@@ -203,23 +203,23 @@ def accuracies(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -
 
 
 def add_blind_and_looking(scorer: Scorer, items: list[Item], lines, cells, itm: bool) -> None:
-    """Two controls that are not the paper's: each item is also scored with another item's image.
-    Blind is the accuracy with it: what a model gets right with a wrong image, it knows from the
-    texts alone. Looking is the percentage of items whose positive leads the negative by more with
-    their own image than with the other one; a tie counts half, so ignoring the image gives 50."""
+    """Two controls that are not the paper's. Blind is the accuracy with another item's image: what
+    a model gets right with a wrong image, it knows from the texts alone. Looking is the percentage
+    of items whose positive leads the negative by more with their own image than with a like image;
+    a tie counts half, so ignoring the image gives 50."""
     scored = [item for item in items if item.image in scorer.images]
-    swapped = Log()
-    blind = accuracies(scorer, with_other_images(scored), swapped, itm)
-    looking = defaultdict(list)
-    for line, other in zip(lines, swapped.decisions):
+    with_others, looking = Log(), defaultdict(list)
+    blind = accuracies(scorer, with_other_images(scored), with_others, itm)
+    for line, other in zip(lines, with_others.decisions):
+        line["blind"], line["other_scores"] = other["right"], other["scores"]
+    for line, like in zip(lines, score_items(scorer, with_like_images(scorer, scored), Log(), itm)):
         own_lead = line["scores"][0] - line["scores"][1]
-        other_lead = other["scores"][0] - other["scores"][1]
-        line["blind"] = other["right"]
-        line["looking"] = 0.5 if own_lead == other_lead else float(own_lead > other_lead)
+        like_lead = like["scores"][0] - like["scores"][1]
+        line["looking"] = 0.5 if own_lead == like_lead else float(own_lead > like_lead)
         looking[line["group"]].append(line["looking"])
-    for group, values in looking.items():
-        cells[group].blind = blind[group].value
-        cells[group].looking = percent(values)
+    for group, cell in cells.items():
+        cell.blind = blind[group].value
+        cell.looking = percent(looking[group])
 
 
 def all_right(scorer: Scorer, entries: list[list[Item]], log: Log) -> Cell:
@@ -247,15 +247,42 @@ def is_tie(line: dict) -> bool:
 
 
 def with_other_images(items: list[Item]) -> list[Item]:
-    """Each item with another item's image, drawn from those that have another path, if any have."""
-    rng, swapped = random.Random(0), []
-    if len({item.image.path for item in items}) > 1:
-        for item in items:
-            other = item
-            while other.image.path == item.image.path:
-                other = rng.choice(items)
-            swapped.append(item._replace(image=other.image))
-    return swapped
+    """Each item with the image of another item, whose path is another: a derangement, in which each
+    item's image is used once. None if more than half of the items show one path."""
+    images = [item.image for item in items]
+    counts = Counter(image.path for image in images)
+    if 2 * max(counts.values(), default=0) > len(items):
+        files.say_once("no blind accuracy where one image has more than half of the items")
+        return []
+    rng = random.Random(0)
+    rng.shuffle(images)
+    for i, item in enumerate(items):
+        own = item.image.path
+        while images[i].path == own:  # exchange it with the image of an item for which both fit
+            j = rng.randrange(len(items))
+            if own not in (images[j].path, items[j].image.path):
+                images[i], images[j] = images[j], images[i]
+    return [item._replace(image=image) for item, image in zip(items, images)]
+
+
+def with_like_images(scorer: Scorer, items: list[Item]) -> list[Item]:
+    """Each item with a like image: of the images with another path, that whose cosine with the sum
+    of both texts is closest to the own image's. Any image would not do: a model that says less
+    about what it takes for a negative has a small lead with an image that shows nothing of it."""
+    images = list(dict.fromkeys(item.image for item in items))
+    paths = [image.path for image in images]
+    if len(set(paths)) < 2:
+        return []
+    number = {path: n for n, path in enumerate(dict.fromkeys(paths))}
+    path_of = torch.tensor([number[path] for path in paths])
+    features = torch.stack([scorer.images[image] for image in images])
+    like = []
+    for item in items:
+        both = scorer.texts[item.positive] + scorer.texts[item.negative]
+        distance = (features @ both - scorer.images[item.image] @ both).abs()
+        distance[path_of == number[item.image.path]] = torch.inf
+        like.append(item._replace(image=images[distance.argmin()]))
+    return like
 
 
 def read_entries(path: Path, log: Log) -> list:
@@ -644,6 +671,11 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     for row, cells in rows.items():
         table[row] = cells
         table[f"{row}, blind"] = {column: Cell(cell.blind) for column, cell in cells.items()}
+        table[f"{row}, grounded gain"] = {
+            column: f"{c.value - c.blind:+.1f}"
+            for column, c in cells.items()
+            if c.blind is not None
+        }
         table[f"{row}, looking"] = {column: Cell(cell.looking) for column, cell in cells.items()}
     for row, cells in rows.items():
         for column, cell in cells.items():

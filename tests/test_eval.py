@@ -98,25 +98,82 @@ def test_blind_accuracy_and_looking_by_hand():
     scorer = by_hand(texts, {"a": [1, 0.2], "b": [0.3, 1]})
     a, b = ImagePart(Path("a")), ImagePart(Path("b"))
     part_of_a = ImagePart(Path("a"), (0, 0, 1, 1))
-    items = [Item("right", a, "cat", "dog"), Item("wrong", b, "cat", "dog")]
+    items = [Item("right", a, "cat", "dog")] * 2 + [Item("wrong", b, "cat", "dog")]
     items += [Item("absent", ImagePart(Path("c")), "cat", "dog"), Item("tie", a, "cat", "pet")]
-    items += [Item("both", a, "cat", "dog"), Item("both", a, "dog", "cat")]
+    items += [Item("both", b, "dog", "cat"), Item("both", b, "cat", "dog")]
     groups = eval_bench.accuracies(scorer, items, log := Log(blind=True))
-    assert groups["right"] == Cell(100, 1, 1, 0, blind=0, looking=100)
+    assert groups["right"] == Cell(100, 2, 2, 0, blind=0, looking=100)
     assert groups["wrong"] == Cell(0, 1, 1, 0, blind=100, looking=0)
     assert groups["tie"] == Cell(0, 1, 1, 1, blind=0, looking=50)
     assert groups["both"] == Cell(50, 2, 2, 0, blind=50, looking=50)
     assert groups["absent"] == Cell(None, 0, 1)
     notes = [(line["blind"], line["looking"]) for line in log.decisions]
-    assert notes == [(False, 1), (True, 0), (False, 0.5), (False, 1), (True, 0)]
+    assert notes == [(False, 1), (False, 1), (True, 0), (False, 0.5), (False, 1), (True, 0)]
+    table = eval_bench.report("pairs", {"it": groups}, None, []).splitlines()
+    gains = next(line for line in table if "it, grounded gain" in line).split("|")[2:-1]
+    assert [gain.strip() for gain in gains] == ["+100.0", "-100.0", "", "+0.0", "+0.0"]
     scorer.images[part_of_a] = scorer.images[a]
     items = [Item("x", a, "cat", "dog"), Item("x", part_of_a, "cat", "dog")]
     assert eval_bench.accuracies(scorer, items, log)["x"] == Cell(100, 2, 2)  # no other image
-    items = [Item("", ImagePart(Path(str(i // 9)), (0, 0, 1, i)), str(i), "") for i in range(99)]
-    others = eval_bench.with_other_images(items)
-    assert others == eval_bench.with_other_images(items)
-    for item, other in zip(items, others, strict=True):
-        assert item.image[0] != other.image[0] and item[2:] == other[2:]
+
+
+def test_other_images_are_a_derangement(monkeypatch):
+    for counts in ([1, 1], [9] * 11, [5, 1, 1, 3], [10, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 2, 3]):
+        paths = [str(path) for path, count in enumerate(counts) for _ in range(count)]
+        items = [
+            Item("", ImagePart(Path(p), (0, 0, 1, i)), str(i), "") for i, p in enumerate(paths)
+        ]
+        others = eval_bench.with_other_images(items)
+        assert others == eval_bench.with_other_images(items)
+        for item, other in zip(items, others, strict=True):
+            assert item.image.path != other.image.path and item[2:] == other[2:]
+        assert {item.image for item in items} == {other.image for other in others}
+    said = []
+    monkeypatch.setattr(files, "say_once", said.append)
+    assert eval_bench.with_other_images(items[2:]) == eval_bench.with_other_images([]) == []
+    assert said == ["no blind accuracy where one image has more than half of the items"]
+
+
+def test_looking_is_beside_an_image_that_is_as_close_to_both_texts():
+    """The sum of cat and dog is (1, 1): a has 1.2 of it, another part of a 1.2, b 0.7, c 1.1."""
+    a, b, c = (ImagePart(Path(name)) for name in "abc")
+    part = ImagePart(Path("a"), (0, 0, 1, 1))
+    scorer = by_hand(
+        {"cat": [1, 0], "dog": [0, 1]}, {"a": [1, 0.2], "b": [0.7, 0], "c": [0.5, 0.6]}
+    )
+    scorer.images[part] = torch.tensor([0.2, 1])
+    items = [Item("x", image, "cat", "dog") for image in (a, b, c, part)]
+    like = eval_bench.with_like_images(scorer, items)
+    assert [item.image for item in like] == [c, c, a, c]
+    assert [item[2:] for item in like] == [("cat", "dog")] * 4
+    # leads: a .8, b .7, c -.1, the part -.8
+    groups = eval_bench.accuracies(scorer, items, log := Log(blind=True))
+    assert [line["looking"] for line in log.decisions] == [1, 1, 0, 0]
+    assert groups["x"].looking == 50
+    assert [line["other_scores"] for line in log.decisions] == [
+        line["scores"]
+        for line in eval_bench.score_items(scorer, eval_bench.with_other_images(items), Log())
+    ]
+    assert eval_bench.with_like_images(scorer, [items[0], items[3]]) == []
+
+
+def test_looking_is_50_for_a_model_that_fades_what_it_takes_for_a_negative():
+    """Here a negative is its caption at half the length, so every lead is half of the cosine with
+    the caption. With any other image such a model would look in nearly all items."""
+    torch.manual_seed(0)
+    shown = torch.randn(200, 16)
+    texts = {f"caption {n}": row.tolist() for n, row in enumerate(shown)}
+    texts |= {f"negative {n}": (row / 2).tolist() for n, row in enumerate(shown)}
+    images = {str(n): row.tolist() for n, row in enumerate(shown + torch.randn(200, 16))}
+    items = [
+        Item("x", ImagePart(Path(str(n))), f"caption {n}", f"negative {n}") for n in range(200)
+    ]
+    groups = eval_bench.accuracies(by_hand(texts, images), items, log := Log(blind=True))
+    any_other = 0
+    for line in log.decisions:
+        lead, other_lead = (pair[0] - pair[1] for pair in (line["scores"], line["other_scores"]))
+        any_other += lead > other_lead
+    assert any_other > 190 and 10 < groups["x"].looking < 90
 
 
 def test_means():
