@@ -27,6 +27,15 @@ SETTINGS = {  # folder of a run, without its seed
     "eq8": "Eq. 8",
     "ce-clip": "Eq. 8",
     "imc-released": "Eq. 8, IMC as released",
+    "eq8-centred": "Eq. 8, centred images",
+    "eq2-look": "Eq. 2 + look",
+    "eq2-look-0.1": "Eq. 2 + look, gamma 0.1",
+    "eq2-look-0.5": "Eq. 2 + look, gamma 0.5",
+    "eq2-look-unweighted": "Eq. 2 + look, unweighted",
+    "eq2-look-own-length": "Eq. 2 + look, own length",
+    "cmr-look": "Eq. 2 + CMR + look",
+    "eq8-look": "Eq. 8 + look",
+    "imc-released-look": "Eq. 8, IMC as released + look",
     "relation": "Eq. 8, relation only",
     "attribute": "Eq. 8, attribute only",
     "action": "Eq. 8, action only",
@@ -47,17 +56,26 @@ SETTINGS = {  # folder of a run, without its seed
     "hn-relation": "Eq. 2, relation only",
     "cmr-relation": "Eq. 2 + CMR, relation only",
     "cmr-bound-2": "Eq. 2 + CMR, u = 2",
-    "eq8-bound-2": "Eq. 8, u = 2",
     "cmr-threshold-5": "Eq. 2 + CMR, threshold 5",
-    "eq8-old": "Eq. 8, old negatives",
     "eq8, WiSE 0.5": "Eq. 8, half-way from the base",
+    "eq2-look, WiSE 0.5": "Eq. 2 + look, half-way from the base",
 }
 KINDS = ["relation", "attribute", "action", "object"]
 GROUPS = [("pairs", kind) for kind in [*KINDS, "number"]]
 GROUPS += [("sugarcrepe", ""), ("valse", "")]  # all of their items
+UNTRAINED = [("pairs", "number"), ("sugarcrepe", ""), ("valse", "")]  # no run has seen such items
+GROUPS += [("untrained", "")]  # these three together
 CELLS = [("captions", f"{way} R@{k}", "recall in %") for way in ("I2T", "T2I") for k in (1, 5, 10)]
 CELLS += [("sugarcrepe_pp", f"TOT {way}", "TOT and ITT in %") for way in ("replace", "swap")]
-DECISIONS = {"right": "accuracy in %", "blind": "blind accuracy in %", "looking": "looking in %"}
+DECISIONS = {"right": "accuracy in %", "blind": "blind accuracy in %"}
+DECISIONS |= {"grounded": "grounded gain in points", "looking": "looking in %"}
+DECISIONS |= {"any_other": "looking beside any other image in %"}
+IMAGES = {  # whether an item is right with its own image, and with another one
+    (True, True): "right with both images",
+    (True, False): "right with its own image only",
+    (False, True): "right with the other image only",
+    (False, False): "wrong with both images",
+}
 SAMPLES = 10_000  # of the bootstrap
 
 
@@ -72,6 +90,10 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
                     rows[row]["cells"][benchmark, column] = cell
         with path.with_name("items.jsonl").open() as file:
             for line in map(json.loads, file):
+                if "other_scores" in line:
+                    line["grounded"] = line["right"] - line["blind"]
+                    lead, other_lead = (a - b for a, b in (line["scores"], line["other_scores"]))
+                    line["any_other"] = 0.5 if lead == other_lead else float(lead > other_lead)
                 rows[line["row"]]["items"][line["benchmark"]].append(line)
     runs = defaultdict(dict)
     for row, run in rows.items():  # runs/photographs/eq8-2/epoch_1.pt, WiSE 0.5
@@ -91,6 +113,8 @@ def order(name: str) -> int:
 
 def of_group(run: dict, benchmark: str, group: str) -> list[dict]:
     """The decisions of a group, or of all groups."""
+    if benchmark == "untrained":
+        return [line for name, of in UNTRAINED for line in of_group(run, name, of)]
     return [line for line in run["items"][benchmark] if group in ("", line["group"])]
 
 
@@ -99,16 +123,24 @@ def measured(run: dict, with_mean: bool) -> dict[tuple, float]:
     values = {}
     for benchmark, group in GROUPS:
         lines = of_group(run, benchmark, group)
+        if not lines:
+            continue
         for what, measure in DECISIONS.items():
-            if lines:
-                place = (benchmark, group, len(lines), measure)
-                values[place] = 100 * np.mean([line[what] for line in lines])
+            place = (benchmark, group, len(lines), measure)
+            values[place] = 100 * np.mean([line[what] for line in lines])
+        if benchmark == "pairs":
+            own_and_other = [(line["right"], line["blind"]) for line in lines]
+            for images, name in IMAGES.items():
+                place = ("pairs", name, len(lines), f"{group}: items in %")
+                values[place] = 100 * own_and_other.count(images) / len(lines)
     cells = run["cells"]
     if with_mean:
         cell = cells["pairs", "mean"]
         group = f"mean of {len({line['group'] for line in run['items']['pairs']})} kinds"
-        for what, measure in zip(("value", "blind", "looking"), DECISIONS.values()):
-            values["pairs", group, cell["scored"], measure] = cell[what]
+        of_cell = {"right": cell["value"], "blind": cell["blind"], "looking": cell["looking"]}
+        of_cell["grounded"] = cell["value"] - cell["blind"]
+        for what, value in of_cell.items():
+            values["pairs", group, cell["scored"], DECISIONS[what]] = value
     for benchmark, column, measure in CELLS:
         cell = cells.get((benchmark, column))
         if cell and cell["value"] is not None:

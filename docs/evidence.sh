@@ -36,60 +36,68 @@ loaded.model.visual.trunk.load_state_dict(weights)
 files.save_checkpoint(pathlib.Path("$OUT/start.pt"), loaded)
 END
 
-# negatives of two older generators: that of commit c83cc2f, and the one before the rules for number,
-# sort and plausibility
-mkdir -p $OUT/generator
-for FILE in negatives.py english.py files.py; do
-    git show c83cc2f:$FILE > $OUT/generator/$FILE
-done
-git show 056ced49:negatives.py > $OUT/negatives_old.py
 for SPLIT in train dev; do
-    [ -e $OUT/new_$SPLIT.jsonl ] || python $OUT/generator/negatives.py --filler ngram \
-        --captions $DATA/captions_$SPLIT.json --out $OUT/new_$SPLIT.jsonl
-    [ -e $OUT/old_$SPLIT.jsonl ] || python $OUT/negatives_old.py --filler ngram \
-        --captions $DATA/captions_$SPLIT.json --out $OUT/old_$SPLIT.jsonl
+    [ -e $OUT/all_$SPLIT.jsonl ] || python negatives.py --filler ngram \
+        --captions $DATA/captions_$SPLIT.json --out $OUT/all_$SPLIT.jsonl
 done
+# the last 500 photographs of the training split are not trained on: gamma is chosen on them
+[ -e $OUT/tune.jsonl ] || python - <<END
+import json
+from pathlib import Path
 
-# the base: five epochs of Eq. 1; its image tower is pre-trained, its text tower starts at random
-TRAIN="ce_clip.py --data $OUT/new_train.jsonl --images $DATA/images --lock-image"
-TRAIN="$TRAIN --batch-size 256 --precision bf16 --workers 0 --resume"
-torchrun --nproc_per_node 2 $TRAIN --pretrained $OUT/start.pt --losses itc --lr 1e-3 --epochs 5 \
-    --out $OUT/base
+lines = Path("$OUT/all_train.jsonl").read_text().splitlines(keepends=True)
+images = [json.loads(line)["image"] for line in lines]
+held_out = set(list(dict.fromkeys(images))[-500:])
+for name in ("train", "tune"):
+    kept = [line for line, image in zip(lines, images) if (image in held_out) == (name == "tune")]
+    Path(f"$OUT/{name}.jsonl").write_text("".join(kept))
+END
 
-tune() {  # NAME FLAGS: one epoch from the base, three seeds at a time
-    JOBS=
+# The base: five epochs of Eq. 1. Its image tower is pre-trained, its text tower starts at random.
+# The features of 8 augmentations of each photograph are computed once for all runs.
+CACHED="docs/cached_trunk.py $OUT/trunk.pt"
+TRAIN="--data $OUT/train.jsonl --images $DATA/images --lock-image --batch-size 256"
+TRAIN="$TRAIN --precision bf16 --workers 0 --resume --lr 1e-3"
+python $CACHED as-is $TRAIN --pretrained $OUT/start.pt --losses itc --epochs 5 --out $OUT/base
+
+tune() {  # NAME VARIANT FLAGS: one epoch from the base, three seeds, two at a time
     for SEED in 1 2 3; do
-        python $TRAIN --pretrained $OUT/base/epoch_5.pt --lr 1e-3 --warmup 20 --epochs 1 \
-            --seed $SEED --out $OUT/$1-$SEED "${@:2}" &
-        JOBS="$JOBS $!"
+        python $CACHED $2 $TRAIN --pretrained $OUT/base/epoch_5.pt --warmup 20 --epochs 1 \
+            --seed $SEED --out $OUT/$1-$SEED "${@:3}" &
+        [ $SEED = 1 ] || wait -n
     done
-    for JOB in $JOBS; do
-        wait $JOB
-    done
+    wait
 }
-tune eq1 --losses itc
-tune eq2 --losses itc,hn
-tune imc --losses itc,hn,imc
-tune cmr --losses itc,hn,cmr
-tune eq8 --losses itc,hn,imc,cmr
-tune imc-released --losses itc,hn,imc_released,cmr
-tune eq8-old --losses itc,hn,imc,cmr --data $OUT/old_train.jsonl
-tune cmr-bound-2 --losses itc,hn,cmr --upper-bound 2
-tune eq8-bound-2 --losses itc,hn,imc,cmr --upper-bound 2
+tune eq1 as-is --losses itc
+tune eq2 as-is --losses itc,hn
+tune imc as-is --losses itc,hn,imc
+tune cmr as-is --losses itc,hn,cmr
+tune eq8 as-is --losses itc,hn,imc,cmr
+tune imc-released as-is --losses itc,hn,imc_released,cmr
+tune eq8-centred centred --losses itc,hn,imc,cmr
+# with looking_loss; gamma was looked at on tune.jsonl
+tune eq2-look as-is --losses itc,hn,look
+tune eq2-look-0.1 as-is --losses itc,hn,look --gamma 0.1
+tune eq2-look-0.5 as-is --losses itc,hn,look --gamma 0.5
+tune eq2-look-unweighted unweighted --losses itc,hn,look
+tune eq2-look-own-length own-length --losses itc,hn,look
+tune cmr-look as-is --losses itc,hn,cmr,look
+tune eq8-look as-is --losses itc,hn,imc,cmr,look
+tune imc-released-look as-is --losses itc,hn,imc_released,cmr,look
 
 score() {  # FOLDER FLAGS
     [ -e $OUT/$1/items.jsonl ] || python eval_bench.py --blind --images $DATA/images \
         --out $OUT/$1 "${@:2}"
 }
-NEW="--pairs $OUT/new_dev.jsonl --captions $DATA/captions_dev.json"
-NEW="$NEW --bench sugarcrepe sugarcrepe_pp valse"
+DEV="--pairs $OUT/all_dev.jsonl --captions $DATA/captions_dev.json"
+DEV="$DEV --bench sugarcrepe sugarcrepe_pp valse"
+score gamma --pairs $OUT/tune.jsonl --ckpt $OUT/eq2{,-look,-look-0.1,-look-0.5}-1/epoch_1.pt
 for SEED in 1 2 3; do
-    score terms/$SEED $NEW --ckpt $OUT/*-$SEED/epoch_1.pt
-    score old-negatives/$SEED --pairs $OUT/old_dev.jsonl \
-        --ckpt $OUT/{eq2,eq8,eq8-old}-$SEED/epoch_1.pt
+    score terms/$SEED $DEV --ckpt $OUT/*-$SEED/epoch_1.pt
 done
-score terms/wise $NEW --base $OUT/base/epoch_5.pt --ckpt $OUT/eq8-?/epoch_1.pt --wise 0.5
-python docs/evidence.py $OUT/{terms,old-negatives} --less eq2 --csv $OUT/evidence.csv
-python docs/evidence.py $OUT/{terms,old-negatives} --less eq8
+score terms/wise $DEV --base $OUT/base/epoch_5.pt --wise 0.5 \
+    --ckpt $OUT/{eq8,eq2-look}-?/epoch_1.pt
+python docs/evidence.py $OUT/terms --less eq2 --csv $OUT/evidence.csv
+python docs/evidence.py $OUT/terms --less eq8
 python figures.py --csv $OUT/evidence.csv --out $OUT/figures
 python figures.py --results $OUT/terms/1 --out $OUT/figures
