@@ -12,8 +12,9 @@ ALL=runs/ablations
 export OMP_NUM_THREADS=1
 
 [ -e $TOY/ce-clip/epoch_2.pt ] || bash toy.sh $SEED
+TRAIN=ce_clip.py
 tune() {  # a run of Eq. 8 as in toy.sh, with other flags
-    python ce_clip.py --data data/toy/negatives_train.jsonl --images data/toy/images \
+    python $TRAIN --data data/toy/negatives_train.jsonl --images data/toy/images \
         --model data/toy/model.json --batch-size 64 --workers 1 --no-augmentation --seed $SEED \
         --pretrained $TOY/pretrained/epoch_4.pt --epochs 2 --lr 2e-3 --resume --out $OUT/"$@"
 }
@@ -58,6 +59,16 @@ tune cmr-threshold-5 --losses itc,hn,cmr --threshold 5
 tune hn-relation --losses itc,hn --kinds relation
 score cmr $TOY/itc-hn/epoch_2.pt $OUT/{hn-relation,cmr,cmr-relation,cmr-bound-2,cmr-threshold-5}/epoch_2.pt
 
-python docs/evidence.py $ALL/{table-4,fig-4,fig-5a,fig-5c,fig-6,cmr} --mean --csv $ALL/ablations.csv
+# beyond the paper: looking_loss, and without its weights
+tune look --losses itc,hn,look
+tune cmr-look --losses itc,hn,cmr,look
+tune eq8-look --losses itc,hn,imc,cmr,look
+TRAIN="docs/variants.py unweighted none"
+tune look-unweighted --losses itc,hn,look
+tune eq8-look-unweighted --losses itc,hn,imc,cmr,look
+score look $TOY/{itc,itc-hn}/epoch_2.pt $OUT/{cmr,look,look-unweighted,cmr-look}/epoch_2.pt \
+    $OUT/{eq8-look,eq8-look-unweighted}/epoch_2.pt $PLAIN
+
+python docs/evidence.py $ALL/{table-4,fig-4,fig-5a,fig-5c,fig-6,cmr,look} --mean --csv $ALL/ablations.csv
 python figures.py --csv $ALL/ablations.csv --out $ALL/figures
 python figures.py --results $ALL/table-4/$SEED --out $ALL/figures  # Fig. 5b and 5d of these runs

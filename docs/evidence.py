@@ -10,6 +10,7 @@ number: its mean and standard deviation over seeds, and what each seed has.
 
 import argparse
 import csv
+import functools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -29,12 +30,16 @@ SETTINGS = {  # folder of a run, without its seed
     "imc-released": "Eq. 8, IMC as released",
     "eq8-centred": "Eq. 8, centred images",
     "eq2-look": "Eq. 2 + look",
+    "look": "Eq. 2 + look",
     "eq2-look-0.1": "Eq. 2 + look, gamma 0.1",
     "eq2-look-0.5": "Eq. 2 + look, gamma 0.5",
     "eq2-look-unweighted": "Eq. 2 + look, unweighted",
+    "look-unweighted": "Eq. 2 + look, unweighted",
     "eq2-look-own-length": "Eq. 2 + look, own length",
+    "eq2-look-residual": "Eq. 2 + look, residual",
     "cmr-look": "Eq. 2 + CMR + look",
     "eq8-look": "Eq. 8 + look",
+    "eq8-look-unweighted": "Eq. 8 + look, unweighted",
     "imc-released-look": "Eq. 8, IMC as released + look",
     "relation": "Eq. 8, relation only",
     "attribute": "Eq. 8, attribute only",
@@ -65,6 +70,8 @@ GROUPS = [("pairs", kind) for kind in [*KINDS, "number"]]
 GROUPS += [("sugarcrepe", ""), ("valse", "")]  # all of their items
 UNTRAINED = [("pairs", "number"), ("sugarcrepe", ""), ("valse", "")]  # no run has seen such items
 GROUPS += [("untrained", "")]  # these three together
+TOLD = ["text misleads", "text tells little", "text tells"]  # by the margin of docs/text_only.py
+BY_TEXT = [("by text", f"{kinds}, {told}") for kinds in ("relation", "others") for told in TOLD]
 CELLS = [("captions", f"{way} R@{k}", "recall in %") for way in ("I2T", "T2I") for k in (1, 5, 10)]
 CELLS += [("sugarcrepe_pp", f"TOT {way}", "TOT and ITT in %") for way in ("replace", "swap")]
 DECISIONS = {"right": "accuracy in %", "blind": "blind accuracy in %"}
@@ -76,10 +83,22 @@ IMAGES = {  # whether an item is right with its own image, and with another one
     (False, True): "right with the other image only",
     (False, False): "wrong with both images",
 }
+KEPT = ["group", "image", *DECISIONS, "similarity", "gap"]  # of a line of items.jsonl
 SAMPLES = 10_000  # of the bootstrap
 
 
-def read(folder: Path) -> dict[str, dict[str, dict]]:
+def read_margins(path: Path) -> dict[tuple, str]:
+    """{(kind, caption, negative): which of TOLD it is}, from what docs/text_only.py wrote."""
+    told = {}
+    with path.open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            margin = float(line["margin"])
+            key = (line["kind"], line["caption"], line["negative"])
+            told[key] = TOLD[0] if margin <= -0.5 else TOLD[1] if margin < 0.5 else TOLD[2]
+    return told
+
+
+def read(folder: Path, told: dict[tuple, str]) -> dict[str, dict[str, dict]]:
     """runs[name of a setting][seed]: {"cells": {(benchmark, column): a cell of results.json},
     "items": {benchmark: lines of items.jsonl}, "log": the last line of a run's log with L_cmr}"""
     rows = defaultdict(lambda: {"cells": {}, "items": defaultdict(list), "log": {}})
@@ -94,7 +113,12 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
                     line["grounded"] = line["right"] - line["blind"]
                     lead, other_lead = (a - b for a, b in (line["scores"], line["other_scores"]))
                     line["any_other"] = 0.5 if lead == other_lead else float(lead > other_lead)
-                rows[line["row"]]["items"][line["benchmark"]].append(line)
+                items = rows[line["row"]]["items"]
+                items[line["benchmark"]].append({key: line[key] for key in KEPT if key in line})
+                which = told.get((line["group"], line["positive"], line["negative"]))
+                if which and line["benchmark"] == "pairs":
+                    kinds = "relation" if line["group"] == "relation" else "others"
+                    items["by text"].append(items["pairs"][-1] | {"group": f"{kinds}, {which}"})
     runs = defaultdict(dict)
     for row, run in rows.items():  # runs/photographs/eq8-2/epoch_1.pt, WiSE 0.5
         path, comma, wise = row.partition(", ")
@@ -121,11 +145,12 @@ def of_group(run: dict, benchmark: str, group: str) -> list[dict]:
 def measured(run: dict, with_mean: bool) -> dict[tuple, float]:
     """{(benchmark, group, items, measure): value} of one run."""
     values = {}
-    for benchmark, group in GROUPS:
+    for benchmark, group in [*GROUPS, *BY_TEXT]:
         lines = of_group(run, benchmark, group)
         if not lines:
             continue
         for what, measure in DECISIONS.items():
+            measure += ", by text" if benchmark == "by text" else ""
             place = (benchmark, group, len(lines), measure)
             values[place] = 100 * np.mean([line[what] for line in lines])
         if benchmark == "pairs":
@@ -196,11 +221,17 @@ def print_table(title: str, rows: dict[str, dict[str, str]]) -> None:
         print(f"| {name} | {' | '.join(str(cells.get(column, '')) for column in columns)} |")
 
 
-def difference(runs: dict[str, dict], others: dict[str, dict], what: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=4)
+def bootstrap_samples(n: int) -> np.ndarray:
+    """How often each of n images is in each sample: (SAMPLES, n)."""
+    return np.random.default_rng(0).multinomial(n, np.ones(n) / n, SAMPLES)
+
+
+def difference(runs: dict, others: dict, what: str, groups: list[tuple]) -> dict[str, str]:
     """The mean difference of `what`, in points, between runs of one seed, and its 95 % interval by
     a bootstrap over images. The interval does not contain how seeds differ. Bold: 0 is outside."""
     cells = {}
-    for benchmark, group in GROUPS:
+    for benchmark, group in groups:
         of_image = defaultdict(list)
         for seed in others:
             run = runs.get(seed, runs.get("base"))  # the base is compared with each seed
@@ -213,8 +244,7 @@ def difference(runs: dict[str, dict], others: dict[str, dict], what: str) -> dic
         if of_image:
             sums = np.array([sum(values) for values in of_image.values()])
             counts = np.array([len(values) for values in of_image.values()])
-            even = np.ones(len(sums)) / len(sums)
-            drawn = np.random.default_rng(0).multinomial(len(sums), even, SAMPLES)
+            drawn = bootstrap_samples(len(sums))
             low, high = np.quantile(drawn @ sums / (drawn @ counts), [0.025, 0.975])
             text = f"{sums.sum() / counts.sum():+.1f} [{low:+.1f}, {high:+.1f}]"
             cells[group or benchmark] = f"**{text}**" if low * high > 0 else text
@@ -227,21 +257,26 @@ def main() -> None:
     p.add_argument("--csv", type=Path, help="write the numbers of the folders here")
     p.add_argument("--less", help="print differences to this setting: eq2, eq8 ...")
     p.add_argument("--mean", action="store_true", help="also the mean over all kinds of --pairs")
+    p.add_argument("--text-only", type=Path, help="items apart by what docs/text_only.py wrote")
     args = p.parse_args()
+    told = read_margins(args.text_only) if args.text_only else {}
     lines = []
     for path in args.paths:
         if path.suffix == ".csv":
             with path.open() as file:
                 lines += csv.DictReader(file)
         else:
-            runs = read(path)
+            runs = read(path, told)
             lines += csv_lines(path.name, runs, args.mean)
             for what, measure in DECISIONS.items():
                 if args.less:
                     less = SETTINGS[args.less]
                     rest = {name: of for name, of in runs.items() if name != less}
-                    rows = {name: difference(of, runs[less], what) for name, of in rest.items()}
-                    print_table(f"{path.name}: {measure}, less that of {less}", rows)
+                    for groups in (GROUPS, BY_TEXT) if told else (GROUPS,):
+                        rows = {}
+                        for name, of in rest.items():
+                            rows[name] = difference(of, runs[less], what, groups)
+                        print_table(f"{path.name}: {measure}, less that of {less}", rows)
     print_tables(lines)
     if args.csv:
         with args.csv.open("w", newline="") as file:

@@ -3,7 +3,7 @@
 #
 #     bash docs/evidence.sh      # from the repository's folder; goes on where it was stopped
 #
-# It needs matplotlib, and these files:
+# It needs matplotlib, scikit-learn, and these files:
 # - data/flickr8k: images/, captions_train.json and captions_dev.json (COCO's layout, official splits)
 # - data/mobilenetv1_100.pt: ImageNet weights with timm's names, without the classifier. Ours were
 #   Google's, for which the mean and the std of the pixels are 0.5.
@@ -55,15 +55,14 @@ END
 
 # The base: five epochs of Eq. 1. Its image tower is pre-trained, its text tower starts at random.
 # The features of 8 augmentations of each photograph are computed once for all runs.
-CACHED="docs/cached_trunk.py $OUT/trunk.pt"
 TRAIN="--data $OUT/train.jsonl --images $DATA/images --lock-image --batch-size 256"
 TRAIN="$TRAIN --precision bf16 --workers 0 --resume --lr 1e-3"
-python $CACHED as-is $TRAIN --pretrained $OUT/start.pt --losses itc --epochs 5 --out $OUT/base
+python docs/variants.py as-is $OUT/trunk.pt $TRAIN --pretrained $OUT/start.pt --losses itc --epochs 5 --out $OUT/base
 
 tune() {  # NAME VARIANT FLAGS: one epoch from the base, three seeds, two at a time
     for SEED in 1 2 3; do
-        python $CACHED $2 $TRAIN --pretrained $OUT/base/epoch_5.pt --warmup 20 --epochs 1 \
-            --seed $SEED --out $OUT/$1-$SEED "${@:3}" &
+        python docs/variants.py $2 $OUT/trunk.pt $TRAIN --pretrained $OUT/base/epoch_5.pt \
+            --warmup 20 --epochs 1 --seed $SEED --out $OUT/$1-$SEED "${@:3}" &
         [ $SEED = 1 ] || wait -n
     done
     wait
@@ -81,6 +80,7 @@ tune eq2-look-0.1 as-is --losses itc,hn,look --gamma 0.1
 tune eq2-look-0.5 as-is --losses itc,hn,look --gamma 0.5
 tune eq2-look-unweighted unweighted --losses itc,hn,look
 tune eq2-look-own-length own-length --losses itc,hn,look
+tune eq2-look-residual residual --losses itc,hn,look --gamma 1
 tune cmr-look as-is --losses itc,hn,cmr,look
 tune eq8-look as-is --losses itc,hn,imc,cmr,look
 tune imc-released-look as-is --losses itc,hn,imc_released,cmr,look
@@ -97,7 +97,9 @@ for SEED in 1 2 3; do
 done
 score terms/wise $DEV --base $OUT/base/epoch_5.pt --wise 0.5 \
     --ckpt $OUT/{eq8,eq2-look}-?/epoch_1.pt
-python docs/evidence.py $OUT/terms --less eq2 --csv $OUT/evidence.csv
-python docs/evidence.py $OUT/terms --less eq8
+python docs/text_only.py --train $OUT/train.jsonl --test $OUT/all_dev.jsonl --out $OUT/text_only.csv
+TABLES="python docs/evidence.py $OUT/terms --text-only $OUT/text_only.csv"
+$TABLES --less eq2 --csv $OUT/evidence.csv
+$TABLES --less eq8
 python figures.py --csv $OUT/evidence.csv --out $OUT/figures
 python figures.py --results $OUT/terms/1 --out $OUT/figures

@@ -113,6 +113,7 @@ def test_commands_of_ablate_sh(tmp_path, monkeypatch):
     run_script((ROOT / "ablate.sh").read_text(), tmp_path, tmp_path, "7")
     made = set()
     for line in (tmp_path / "commands").read_text().splitlines():
+        line = line.replace("docs/variants.py unweighted none", "ce_clip.py")
         monkeypatch.setattr(sys, "argv", line.split())
         if line.startswith("ce_clip.py"):
             args = ce_clip.parse_args()
@@ -120,4 +121,4 @@ def test_commands_of_ablate_sh(tmp_path, monkeypatch):
             made.add(f"{args.out}/epoch_{args.epochs}.pt")
         elif line.startswith("eval_bench.py"):
             assert made.issuperset(eval_bench.parse_args().ckpt)
-    assert len(made) == 4 + 3 + 4 + 3 + 4 + 6 + 4
+    assert len(made) == 4 + 3 + 4 + 3 + 4 + 6 + 4 + 5

@@ -1,17 +1,19 @@
-"""ce_clip.py for docs/evidence.sh: a locked timm tower, whose features are computed only once.
+"""ce_clip.py as docs/evidence.sh and ablate.sh run it, with two changes that only they need.
 
-    python docs/cached_trunk.py CACHE.pt VARIANT [FLAGS of ce_clip.py]
-
-A locked trunk gives the same features for the same pixels in every run. CACHE.pt keeps those of 8
-augmentations of each training image, and a run draws one of them in place of a new augmentation.
-Only the projection behind the trunk and the text tower are trained. Checkpoints are the usual
-ones: they hold the trunk, too.
+    python docs/variants.py VARIANT CACHE.pt [FLAGS of ce_clip.py]
 
 VARIANT changes a loss:
 as-is        nothing
 unweighted   looking_loss with w_ik = 1: a pair counts whether its caption leads or not
 own-length   looking_loss with d_ik = T_i - T_ik, not divided by its length
-centred      all losses but looking_loss see the images less the mean of their batch
+residual     looking_loss without what S(I_j,T_i) + S(I_j,T_ik) tells of a lead: what is left of it
+             after a linear regression on that sum over the images I_j of the batch
+centred      all losses except for looking_loss see the images less the mean of their batch
+
+CACHE.pt has the features of a locked timm trunk, which are the same in every run. It keeps those of
+8 augmentations of each training image, and a run draws one of them in place of a new augmentation.
+Only the projection behind the trunk and the text tower are trained. Checkpoints are the usual
+ones: they hold the trunk, too. With `none` in place of CACHE.pt nothing is cached.
 """
 
 import argparse
@@ -67,26 +69,34 @@ def use_cache(path: Path) -> None:
 
 
 def other_looking_loss(image: Tensor, text: Tensor, scale: Tensor, valid: Tensor, variant: str):
-    """ce_clip.looking_loss without its weights, or without the division by the length."""
+    """ce_clip.looking_loss with one thing changed: see the head of this script."""
     difference = text[:, :1] - text[:, 1:]  # (B, K, D)
     weight = (scale * torch.einsum("ikd,id->ik", difference, image)).detach().clamp(0, 1)
     if variant == "unweighted":
         weight = torch.ones_like(weight)
+    if variant != "own-length":
         difference = F.normalize(difference, dim=2)
     logits = scale * torch.einsum("ikd,jd->ijk", difference, image)
+    if variant == "residual":  # of a regression over the images of the batch
+        both = torch.einsum("ikd,jd->ijk", F.normalize(text[:, :1] + text[:, 1:], dim=2), image)
+        both = both - both.mean(1, keepdim=True)
+        logits = logits - logits.mean(1, keepdim=True)
+        squares = (both**2).sum(1, keepdim=True).clamp(min=1e-4)
+        logits = logits - (logits * both).sum(1, keepdim=True) / squares * both
     target = torch.arange(len(image))[:, None].expand(valid.shape)
     loss = weight * F.cross_entropy(logits, target, reduction="none")
     return loss.masked_fill(~valid, 0).sum() / len(image)
 
 
 def main() -> None:
-    cache, variant = Path(sys.argv[1]), sys.argv[2]
+    variant, cache = sys.argv[1], Path(sys.argv[2])
     sys.argv[1:3] = []
     args = ce_clip.parse_args()
-    if not cache.exists():
-        make_cache(cache, args)
-    use_cache(cache)
-    if variant in ("unweighted", "own-length"):
+    if cache != Path("none"):
+        if not cache.exists():
+            make_cache(cache, args)
+        use_cache(cache)
+    if variant in ("unweighted", "own-length", "residual"):
         ce_clip.looking_loss = functools.partial(other_looking_loss, variant=variant)
     elif variant == "centred":
         ce_clip.similarities = lambda image, text, scale: similarities(
