@@ -249,9 +249,11 @@ def looking_loss(image: Tensor, text: Tensor, scale: Tensor, valid: Tensor) -> T
     valid    (B, K)         bool, True = exists
     returns  ()             0 for B = 1, or when nothing is valid. ValueError on a shape mismatch.
     It is the text-to-image half of Eq. (1) with the direction from a negative to its caption in
-    place of the caption. What the text alone says is the same in all images, and changes nothing.
-    A pair counts as far as its caption leads, up to one logit: while the two texts have almost the
-    same features, d_ik is noise, and to learn from it keeps a model from telling them apart.
+    place of the caption. A lead that the text alone gives is the same in all images, and counts for
+    nothing. But a text tower that says less about what it takes for a negative lowers L, too. So
+    it teaches to look only if text does not tell negatives from captions (docs/evidence.md).
+    A pair counts as far as its caption leads, up to one logit: where the two texts have almost the
+    same features, d_ik is noise, and the division by |T_i - T_ik| would magnify its gradient.
     The loss does not make a caption lead, so it stands beside Eq. (2).
     Relatives: the image preferences of mDPO (arXiv 2406.11839), MISP-DPO (2509.25717) and SymMPO
     (2506.11712), and EqSim (2303.14465).

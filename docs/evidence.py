@@ -221,10 +221,10 @@ def print_table(title: str, rows: dict[str, dict[str, str]]) -> None:
         print(f"| {name} | {' | '.join(str(cells.get(column, '')) for column in columns)} |")
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def bootstrap_samples(n: int) -> np.ndarray:
     """How often each of n images is in each sample: (SAMPLES, n)."""
-    return np.random.default_rng(0).multinomial(n, np.ones(n) / n, SAMPLES)
+    return np.random.default_rng(0).multinomial(n, np.ones(n) / n, SAMPLES).astype(np.float32)
 
 
 def difference(runs: dict, others: dict, what: str, groups: list[tuple]) -> dict[str, str]:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The runs of docs/evidence.md: Flickr8k's photographs, three seeds; about 4 hours on 2 CPU cores.
+# The runs of docs/evidence.md: Flickr8k's photographs, three seeds; about 3 hours on 2 CPU cores.
 #
 #     bash docs/evidence.sh      # from the repository's folder; goes on where it was stopped
 #
@@ -11,9 +11,6 @@
 set -e
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 export OMP_NUM_THREADS=1
-# glibc keeps the memory that it has, in large pages: a step takes 6.3 s, otherwise 7.5 s
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
-export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 DATA=data/flickr8k
 OUT=runs/photographs
 mkdir -p $OUT
