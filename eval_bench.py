@@ -248,7 +248,7 @@ def is_tie(line: dict) -> bool:
 
 def with_other_images(items: list[Item]) -> list[Item]:
     """Each item with the image of another item, whose path is another: a derangement, in which each
-    item's image is used once. None if more than half of the items show one path."""
+    item's image is used once. No items if more than half of them show one path."""
     images = [item.image for item in items]
     counts = Counter(image.path for image in images)
     if 2 * max(counts.values(), default=0) > len(items):
