@@ -247,8 +247,8 @@ def is_tie(line: dict) -> bool:
 
 
 def with_other_images(items: list[Item]) -> list[Item]:
-    """Each item with the image of another item, whose path is another: a derangement, in which each
-    item's image is used once. No items if more than half of them show one path."""
+    """Each item with the image of another item that has another path. It is a derangement: each
+    item's image is used once. There are no items if more than half of them show one path."""
     images = [item.image for item in items]
     counts = Counter(image.path for image in images)
     if 2 * max(counts.values(), default=0) > len(items):
@@ -266,9 +266,10 @@ def with_other_images(items: list[Item]) -> list[Item]:
 
 
 def with_like_images(scorer: Scorer, items: list[Item]) -> list[Item]:
-    """Each item with a like image: of the images with another path, that whose cosine with the sum
-    of both texts is closest to the own image's. Any image would not do: a model that says less
-    about what it takes for a negative has a small lead with an image that shows nothing of it."""
+    """Each item with a like image. Among the images with another path, it is the one whose cosine
+    with the sum of both texts is closest to the own image's. There are no items if all have one
+    path. Any other image would not do: a model that says less about what it takes for a negative
+    has a small lead with an image that shows nothing of it."""
     images = list(dict.fromkeys(item.image for item in items))
     paths = [image.path for image in images]
     if len(set(paths)) < 2:

@@ -54,15 +54,19 @@ END
 # The features of 8 augmentations of each photograph are computed once for all runs.
 TRAIN="--data $OUT/train.jsonl --images $DATA/images --lock-image --batch-size 256"
 TRAIN="$TRAIN --precision bf16 --workers 0 --resume --lr 1e-3"
-python docs/variants.py as-is $OUT/trunk.pt $TRAIN --pretrained $OUT/start.pt --losses itc --epochs 5 --out $OUT/base
+python docs/variants.py as-is $OUT/trunk.pt $TRAIN --pretrained $OUT/start.pt --losses itc \
+    --epochs 5 --out $OUT/base
 
-tune() {  # NAME VARIANT FLAGS: one epoch from the base, three seeds, two at a time
+tune() {  # NAME VARIANT FLAGS: one epoch from the base, three seeds at a time
+    JOBS=
     for SEED in 1 2 3; do
         python docs/variants.py $2 $OUT/trunk.pt $TRAIN --pretrained $OUT/base/epoch_5.pt \
             --warmup 20 --epochs 1 --seed $SEED --out $OUT/$1-$SEED "${@:3}" &
-        [ $SEED = 1 ] || wait -n
+        JOBS="$JOBS $!"
     done
-    wait
+    for JOB in $JOBS; do  # a run that fails ends the script
+        wait $JOB
+    done
 }
 tune eq1 as-is --losses itc
 tune eq2 as-is --losses itc,hn

@@ -157,9 +157,10 @@ def test_looking_is_beside_an_image_that_is_as_close_to_both_texts():
     assert eval_bench.with_like_images(scorer, [items[0], items[3]]) == []
 
 
-def test_looking_is_50_for_a_model_that_fades_what_it_takes_for_a_negative():
+def test_a_like_image_counts_less_of_a_model_that_fades_its_negatives():
     """Here a negative is its caption at half the length, so every lead is half of the cosine with
-    the caption. With any other image such a model would look in nearly all items."""
+    the caption. With any other image such a model would look in nearly all items. With a like one
+    it is not at 50 %: these images are so close to their captions that few others come as close."""
     torch.manual_seed(0)
     shown = torch.randn(200, 16)
     texts = {f"caption {n}": row.tolist() for n, row in enumerate(shown)}
@@ -173,7 +174,7 @@ def test_looking_is_50_for_a_model_that_fades_what_it_takes_for_a_negative():
     for line in log.decisions:
         lead, other_lead = (pair[0] - pair[1] for pair in (line["scores"], line["other_scores"]))
         any_other += lead > other_lead
-    assert any_other > 190 and 10 < groups["x"].looking < 90
+    assert any_other > 190 and 50 < groups["x"].looking < 80
 
 
 def test_means():

@@ -81,7 +81,7 @@ def test_commands_of_evidence_sh(tmp_path, monkeypatch, evidence):
 
 @pytest.fixture
 def variants(monkeypatch):
-    """docs/variants.py; what it puts in the place of others is put back."""
+    """This is docs/variants.py. The functions that it replaces in other modules are restored."""
     monkeypatch.syspath_prepend(ROOT / "docs")
     module = importlib.import_module("variants")
     for owner, name in ((ce_clip, "load_model"), (files, "open_image"), (ce_clip, "looking_loss")):
@@ -190,5 +190,5 @@ def test_tables(tmp_path, evidence, monkeypatch, capsys):
     )
     assert "\n| base | +62.5 [+0.0, +100.0] |" in texts[0] and "\n| Eq. 2 | +" not in texts[0]
     assert "\n| Eq. 8 | +37.5 [-50.0, +100.0] |" in texts[0] and texts[0].endswith(texts[1])
-    assert "| 100.0 | 100.0 | 100.0 | 70.0 |\n| Eq. 2 | 2 | 37.5 ± 17.7 | 37.5 ± 17.7 |" in texts[1]
+    assert "| 100.0 | 100.0 | 100.0 | 70.0 |\n| Eq. 2 | 2 | 37.5 ± 17.7 |" in texts[1]
     assert all(f"terms,Eq. 2,2,{line}\n" in table.read_text() for line in LINES.splitlines())
