@@ -10,7 +10,6 @@ paper does. A checkpoint encodes each image and text once for all, except in zer
 
 import argparse
 import csv
-import functools
 import json
 import random
 import re
@@ -18,6 +17,7 @@ import statistics
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,11 +76,8 @@ def mean(cells: Iterable[Cell]) -> Cell:
     if len(cells) == 1:
         return cells[0]
     average = Cell()
-    for cell in cells:
-        average.scored += cell.scored
-        average.total += cell.total
-        average.ties += cell.ties
-        average.same_tokens += cell.same_tokens
+    for name in ("scored", "total", "ties", "same_tokens"):
+        setattr(average, name, sum(getattr(cell, name) for cell in cells))
     for name in ("value", "blind", "looking"):
         values = [getattr(cell, name) for cell in cells]
         if values and None not in values and average.scored == average.total:
@@ -111,31 +108,16 @@ class Scorer:
         new = [image for image in dict.fromkeys(images) if image not in self.images]
         for batch, pixels in self.batches(new):
             features = self.model.encode_image(pixels, normalize=True)
-            self.images.update(zip(batch, finite(features)))
+            self.images.update(zip(batch, files.finite(features)))
         new = [text for text in dict.fromkeys(texts) if text not in self.texts]
         loader = DataLoader(sorted(new, key=len), 4 * self.batch_size, collate_fn=list)
         for batch in tqdm(loader, "texts", unit="batch", leave=False):
             tokens = self.tokenizer(batch)
             self.tokens.update(zip(batch, tokens))
-            self.texts.update(zip(batch, finite(encode_text(self.model, tokens))))
-
-    @torch.inference_mode()
-    def match(self, texts_of: dict[ImagePart, Iterable[str]]) -> dict[tuple, float]:
-        """{(image, text): an X-VLM's logit that they match (ITM)}. It encodes the images, too."""
-        matches = {}
-        for batch, pixels in self.batches(list(texts_of)):
-            states = self.model.image_states(pixels)
-            features = self.model.encode_image(states, normalize=True)
-            self.images.update(zip(batch, finite(features)))
-            pairs = [(n, text) for n, image in enumerate(batch) for text in texts_of[image]]
-            which, texts = zip(*pairs)
-            logits = self.model.match(states, self.tokenizer(texts), torch.tensor(which))
-            for (n, text), logit in zip(pairs, finite(logits).tolist()):
-                matches[batch[n], text] = logit
-        return matches
+            self.texts.update(zip(batch, files.finite(encode_text(self.model, tokens))))
 
     def batches(self, images: list[ImagePart]) -> Iterator[tuple[list[ImagePart], Tensor]]:
-        load = functools.partial(load_images, transform=self.transform)
+        load = partial(load_images, transform=self.transform)
         loader = DataLoader(images, self.batch_size, num_workers=self.workers, collate_fn=load)
         for batch, pixels in tqdm(loader, "images", unit="batch", leave=False):
             yield batch, pixels.to(self.device)
@@ -143,12 +125,6 @@ class Scorer:
 
 def load_images(batch: list[ImagePart], transform) -> tuple[list[ImagePart], Tensor]:
     return batch, torch.stack([transform(files.open_image(*image)) for image in batch])
-
-
-def finite(values: Tensor) -> Tensor:
-    if not values.isfinite().all():
-        raise BadInput("features that are not finite: the checkpoint is broken")
-    return values.float().cpu()
 
 
 def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
@@ -178,38 +154,47 @@ def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) 
             texts_of[item.image].update({item.positive: None, item.negative: None})
         else:
             log.absent_images.append(item.image)
-    matches = scorer.match(texts_of) if itm and hasattr(scorer.model, "match") else {}
+    matches = {}
+    if itm and hasattr(scorer.model, "match_all"):
+        matches = scorer.model.match_all(scorer, texts_of)
     scorer.encode(texts_of, (text for texts in texts_of.values() for text in texts))
     lines = [score_item(scorer, item, matches) for item in items if item.image in scorer.images]
     log.decisions += lines
     return lines
 
 
-def accuracies(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -> dict[str, Cell]:
-    """{group: accuracy in %} of the items whose image is there. A tie is wrong; chance is 50."""
+def accuracies(
+    scorer: Scorer, items: list[Item], log: Log, itm: bool = False, per_entry: int = 1
+) -> dict[str, Cell]:
+    """{group: accuracy in %} of the entries whose image is there. An entry is `per_entry` items in
+    a row that show one image. It is right if all of them are, and ties if one does. A tie is wrong.
+    Chance is 50 if an entry is one item."""
     lines = score_items(scorer, items, log, itm)
-    lines_of = defaultdict(list)
-    for line in lines:
-        lines_of[line["group"]].append(line)
+    entries_of = defaultdict(list)
+    for start in range(0, len(lines), per_entry):
+        entry = lines[start : start + per_entry]
+        entries_of[entry[0]["group"]].append(entry)
     cells = defaultdict(Cell)  # a group whose file is absent has an empty cell
     for group, total in Counter(item.group for item in items).items():
-        right = [line["right"] for line in lines_of[group]]
-        same = sum(line["same_tokens"] for line in lines_of[group])
-        ties = sum(map(is_tie, lines_of[group]))
-        cells[group] = Cell(percent(right), len(right), total, ties, same_tokens=same)
+        cell = cells[group] = Cell(total=total // per_entry)
+        right = [all(line["right"] for line in entry) for entry in entries_of[group]]
+        cell.value, cell.scored = percent(right), len(right)
+        for entry in entries_of[group]:
+            cell.ties += any(map(is_tie, entry))
+            cell.same_tokens += any(line["same_tokens"] for line in entry)
     if log.blind:
-        add_blind_and_looking(scorer, items, lines, cells, itm)
+        add_blind_and_looking(scorer, items, lines, cells, itm, per_entry)
     return cells
 
 
-def add_blind_and_looking(scorer: Scorer, items: list[Item], lines, cells, itm: bool) -> None:
-    """Two controls that are not the paper's. Blind is the accuracy with another item's image: what
+def add_blind_and_looking(scorer, items: list[Item], lines, cells, itm: bool, per_entry) -> None:
+    """Two controls that are not the paper's. Blind is the accuracy with another entry's image: what
     a model gets right with a wrong image, it knows from the texts alone. Looking is the percentage
     of items whose positive leads the negative by more with their own image than with a like image;
     a tie counts half, so ignoring the image gives 50."""
     scored = [item for item in items if item.image in scorer.images]
-    with_others, looking = Log(), defaultdict(list)
-    blind = accuracies(scorer, with_other_images(scored), with_others, itm)
+    others, with_others, looking = with_other_images(scored, per_entry), Log(), defaultdict(list)
+    blind = accuracies(scorer, others, with_others, itm, per_entry)
     for line, other in zip(lines, with_others.decisions):
         line["blind"], line["other_scores"] = other["right"], other["scores"]
     for line, like in zip(lines, score_items(scorer, with_like_images(scorer, scored), Log(), itm)):
@@ -222,47 +207,26 @@ def add_blind_and_looking(scorer: Scorer, items: list[Item], lines, cells, itm: 
         cell.looking = percent(looking[group])
 
 
-def all_right(scorer: Scorer, entries: list[list[Item]], log: Log) -> Cell:
-    """The percentage of entries whose items, which show one image, are all right. An entry ties if
-    one of its items does."""
-    lines = iter(score_items(scorer, [item for entry in entries for item in entry], log))
-    cell, right = Cell(total=len(entries)), []
-    scored = [entry for entry in entries if entry[0].image in scorer.images]
-    for entry in scored:
-        of_entry = [next(lines) for _ in entry]
-        right.append(all(line["right"] for line in of_entry))
-        cell.ties += any(map(is_tie, of_entry))
-        cell.same_tokens += any(line["same_tokens"] for line in of_entry)
-    cell.value, cell.scored = percent(right), len(right)
-    if log.blind:
-        swapped = []
-        for entry, other in zip(scored, with_other_images([entry[0] for entry in scored])):
-            swapped.append([item._replace(image=other.image) for item in entry])
-        cell.blind = all_right(scorer, swapped, Log()).value
-    return cell
-
-
 def is_tie(line: dict) -> bool:
     return line["scores"][0] == line["scores"][1] and not line["same_tokens"]
 
 
-def with_other_images(items: list[Item]) -> list[Item]:
-    """Each item with the image of another item that has another path. It is a derangement: each
-    item's image is used once. There are no items if more than half of them show one path."""
-    images = [item.image for item in items]
-    counts = Counter(image.path for image in images)
-    if 2 * max(counts.values(), default=0) > len(items):
+def with_other_images(items: list[Item], per_entry: int = 1) -> list[Item]:
+    """Each entry with the image of another entry that has another path. It is a derangement: each
+    entry's image is used once. There are none if more than half of the entries show one path."""
+    own = [item.image for item in items[::per_entry]]
+    counts = Counter(image.path for image in own)
+    if 2 * max(counts.values(), default=0) > len(own):
         files.say_once("no blind accuracy where one image has more than half of the items")
         return []
-    rng = random.Random(0)
+    images, rng = own.copy(), random.Random(0)
     rng.shuffle(images)
-    for i, item in enumerate(items):
-        own = item.image.path
-        while images[i].path == own:  # exchange it with the image of an item for which both fit
-            j = rng.randrange(len(items))
-            if own not in (images[j].path, items[j].image.path):
+    for i in range(len(own)):
+        while images[i].path == own[i].path:  # exchange it with one so that both fit
+            j = rng.randrange(len(own))
+            if own[i].path not in (images[j].path, own[j].path):
                 images[i], images[j] = images[j], images[i]
-    return [item._replace(image=image) for item, image in zip(items, images)]
+    return [item._replace(image=images[n // per_entry]) for n, item in enumerate(items)]
 
 
 def with_like_images(scorer: Scorer, items: list[Item]) -> list[Item]:
@@ -293,16 +257,37 @@ def read_entries(path: Path, log: Log) -> list:
     return files.read_json_list(path)
 
 
+def own_table(name: str, benchmark: str) -> list[dict]:
+    """The lines about a benchmark of paper.csv or columns.csv."""
+    with Path(__file__).with_name(name).open(newline="") as file:
+        return [line for line in csv.DictReader(file) if line["benchmark"] == benchmark]
+
+
+def groups_of(benchmark: str) -> list[str]:
+    """All groups that columns.csv names for a benchmark, each once."""
+    lines = own_table("columns.csv", benchmark)
+    return list(dict.fromkeys(group for line in lines for group in line["groups"].split()))
+
+
+def averages(benchmark: str, cells: dict[str, Cell]) -> dict[str, Cell]:
+    """{column: cell} after columns.csv, from the cells of the groups: a line of the file is the
+    mean of its groups, and a column is the mean of its lines."""
+    means = defaultdict(list)
+    for line in own_table("columns.csv", benchmark):
+        means[line["column"]].append(mean(cells[group] for group in line["groups"].split()))
+    return {column: mean(of_lines) for column, of_lines in means.items()}
+
+
 # ---- Benchmarks: their items, and how their accuracies are averaged ------------------------------
 ARO_DROPPED = set(Path(__file__).with_name("aro_dropped.txt").read_text().splitlines())
 
 
-def aro(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
+def aro(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2210.01936, Table 1. Means over pairs of attributes with 25 items or more, and over
     relations except for 157, such as symmetric ones, that ARO's notebook and the paper's authors
     leave out. An image is cropped to the box around its two objects; beyond its border all is
     black."""
-    cells = {}
+    cells, root = {}, args.data_root
     for task in ("relation", "attribution"):
         items = []
         for e in read_entries(root / f"aro/visual_genome_{task}.json", log):
@@ -319,17 +304,6 @@ def aro(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
     return cells
 
 
-VALSE = {  # column of Table 1: its files
-    "Existence": ["existence"],
-    "Plurality": ["plurals"],
-    "Counting": ["counting-hard", "counting-small-quant", "counting-adversarial"],
-    "Sp.rel.": ["relations"],
-    "Actions repl.": ["action-replacement"],
-    "Actions swap": ["actant-swap"],
-    "Coref. standard": ["coreference-standard"],
-    "Coref. clean": ["coreference-hard"],
-    "Foil-it!": ["foil-it"],
-}
 VALSE_FOLDERS = {  # by the start of an image's name; the first that fits
     "v7w_": "visual7w/images",
     "COCO_train2014": "coco/train2014",
@@ -340,112 +314,75 @@ VALSE_FOLDERS = {  # by the start of an image's name; the first that fits
 }
 
 
-def valse(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
+def valse(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2112.07566, Table 1. Items whose caption at least 2 of 3 annotators found right. The
     paper averages over 11 files (72.5 for CE-CLIP), and for CE-CLIP+ over 9 columns (76.7)."""
     items = []
-    names = [name for of_column in VALSE.values() for name in of_column]
-    for name in names:
-        for e in read_entries(root / f"valse/{name}.json", log):
+    for name in groups_of("valse"):
+        for e in read_entries(args.data_root / f"valse/{name}.json", log):
             if e["mturk"]["caption"] >= 2:
                 start = next(start for start in VALSE_FOLDERS if e["image_file"].startswith(start))
-                image = ImagePart(root / VALSE_FOLDERS[start] / e["image_file"])
+                image = ImagePart(args.data_root / VALSE_FOLDERS[start] / e["image_file"])
                 items.append(Item(name, image, e["caption"], e["foil"]))
-    groups = accuracies(scorer, items, log, itm=True)
-    cells = {column: mean(groups[name] for name in VALSE[column]) for column in VALSE}
-    eleven = mean(groups[name] for name in names)
-    return cells | {"Avg 11 files": eleven, "Avg 9 columns": mean(cells.values())}
+    return averages("valse", accuracies(scorer, items, log, itm=True))
 
 
-SWIG = ["swig_agent", "swig_destination", "swig_item", "swig_tool"]
-OBJECT_SOURCES = [["vg_obj", "vg_subj"], SWIG, ["hake"]]  # a source is the mean of its files
-LOCATIONS = ["Object/Location/center", "Object/Location/mid", "Object/Location/margin"]
-SIZES = ["Object/Size/large", "Object/Size/medium", "Object/Size/small"]
-ATTRIBUTES = ("action", "color", "material", "size", "state")
-VLC = [(f"Attribute {name}", [f"Attribute/{name}"], [["vg"], ["vaw"]]) for name in ATTRIBUTES]
-VLC += [  # column of Table 2, its types, the sources of each type
-    ("Object location", LOCATIONS, OBJECT_SOURCES),
-    ("Object size", SIZES, OBJECT_SOURCES),
-    ("Relation action", ["Relation/action"], [["vg"], ["swig"], ["hake"]]),
-    ("Relation spatial", ["Relation/spatial"], [["vg"]]),
-]
+def vlc(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+    """arXiv 2207.00221, Table 2. Of each file the first --vlc-rows rows (the authors: the first
+    ones that have an image). Means over files, sources and types; then over the columns."""
+    groups = defaultdict(Cell)
+    for name in groups_of("vlc"):
+        path = args.data_root / f"vl_checklist/corpus/v1/{name}.yaml"
+        if not log.note_if_absent(path):
+            config = yaml.safe_load(path.read_text())
+            folder = args.data_root / config["IMG_ROOT"].strip("/")
+            items = []
+            for image, t in read_entries(
+                args.data_root / "vl_checklist" / config["ANNO_PATH"], log
+            ):
+                items.append(Item(name, ImagePart(folder / image), t["POS"][0], t["NEG"][0]))
+            groups |= accuracies(scorer, items[: args.vlc_rows or None], log)
+    cells, kinds = averages("vlc", groups), {}
+    for kind in ("Attribute", "Object", "Relation"):
+        kinds[kind] = mean(cell for column, cell in cells.items() if column.startswith(kind))
+    return cells | kinds | {"Avg": mean(cells.values())}
 
 
-def vlc_file(scorer: Scorer, root: Path, name: str, log: Log, rows: int) -> Cell:
-    """The first `rows` rows of a file; 0: all. (The authors: the first ones that have an image.)"""
-    path = root / f"vl_checklist/corpus/v1/{name}.yaml"
-    if log.note_if_absent(path):
-        return Cell()
-    config = yaml.safe_load(path.read_text())
-    folder = root / config["IMG_ROOT"].strip("/")
-    items = []
-    for image, texts in read_entries(root / "vl_checklist" / config["ANNO_PATH"], log):
-        items.append(Item(name, ImagePart(folder / image), texts["POS"][0], texts["NEG"][0]))
-    return accuracies(scorer, items[: rows or None], log)[name]
-
-
-def vlc(scorer: Scorer, root: Path, log: Log, rows: int) -> dict[str, Cell]:
-    """arXiv 2207.00221, Table 2. Means over files, sources and types; then over the columns."""
-    cells = {}
-    for column, types, sources in VLC:
-        averages = []  # of every source of every type; each type has the same number of sources
-        for type_ in types:
-            for source in sources:
-                names = [f"{type_}/{file}" for file in source]
-                averages.append(mean(vlc_file(scorer, root, name, log, rows) for name in names))
-        cells[column] = mean(averages)
-    groups = {}
-    for group in ("Attribute", "Object", "Relation"):
-        groups[group] = mean(cell for column, cell in cells.items() if column.startswith(group))
-    return cells | groups | {"Avg": mean(cells.values())}
-
-
-SUGARCREPE = {
-    "REPLACE": ["replace_obj", "replace_att", "replace_rel"],
-    "SWAP": ["swap_obj", "swap_att"],
-    "ADD": ["add_obj", "add_att"],
-}
-
-
-def sugarcrepe(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
+def sugarcrepe(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2306.14610, Table 3. 7,511 items; means over subsets (its authors: over items)."""
     items = []
-    subsets = [subset for of_kind in SUGARCREPE.values() for subset in of_kind]
-    for subset in subsets:
-        for e in read_entries(root / f"sugarcrepe/{subset}.json", log):
-            image = ImagePart(root / "coco/val2017" / e["filename"])
+    for subset in groups_of("sugarcrepe"):
+        for e in read_entries(args.data_root / f"sugarcrepe/{subset}.json", log):
+            image = ImagePart(args.data_root / "coco/val2017" / e["filename"])
             items.append(Item(subset, image, e["caption"], e["negative_caption"]))
-    groups = accuracies(scorer, items, log)
-    cells = {subset: groups[subset] for subset in subsets}
-    averages = {kind: mean(cells[subset] for subset in SUGARCREPE[kind]) for kind in SUGARCREPE}
-    return cells | averages | {"Avg": mean(cells.values())}
+    return averages("sugarcrepe", accuracies(scorer, items, log))
 
 
-def sugarcrepe_pp(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
+def sugarcrepe_pp(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2406.11171, after the paper: SugarCrepe with a second true caption. A tie is wrong.
     ITT, the image-text task: the image is closer to both captions than to the negative; chance is
     33.3. TOT, the text-only task: the captions are closer to each other than to the negative."""
     cells = {}
-    for subset in SUGARCREPE["REPLACE"] + SUGARCREPE["SWAP"]:
-        entries = []  # of two items, one for each true caption
-        for e in read_entries(root / f"sugarcrepe_pp/{subset}.json", log):
-            image = ImagePart(root / "coco/val2017" / e["filename"])
-            negative, captions = e["negative_caption"], (e["caption"], e["caption2"])
-            entries.append([Item(subset, image, caption, negative) for caption in captions])
-        cells[f"ITT {subset}"] = all_right(scorer, entries, log)
+    for subset in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att"):
+        items = []  # two of an entry, one for each true caption
+        for e in read_entries(args.data_root / f"sugarcrepe_pp/{subset}.json", log):
+            image = ImagePart(args.data_root / "coco/val2017" / e["filename"])
+            for caption in (e["caption"], e["caption2"]):
+                items.append(Item(subset, image, caption, e["negative_caption"]))
+        cells[f"ITT {subset}"] = accuracies(scorer, items, log, per_entry=2)[subset]
         # The text-only task also needs the texts whose image is absent.
-        items = [item for entry in entries for item in entry]
         scorer.encode((), (text for item in items for text in (item.positive, item.negative)))
-        right, ties = [], 0
-        for one, two in entries:
+        cell, right = Cell(), []
+        for one, two in zip(items[::2], items[1::2]):
             a, b, n = (scorer.texts[text] for text in (one.positive, two.positive, one.negative))
             scores = [(a @ b).item(), max((a @ n).item(), (b @ n).item())]
             right.append(scores[0] > scores[1])
-            ties += scores[0] == scores[1]
+            cell.ties += scores[0] == scores[1]
             line = {"group": f"TOT {subset}", "image": None, "positive": one.positive}
             line.update(second=two.positive, negative=one.negative, scores=scores, right=right[-1])
             log.decisions.append(line)
-        cells[f"TOT {subset}"] = Cell(percent(right), len(right), len(right), ties)
+        cell.value, cell.scored, cell.total = percent(right), len(right), len(right)
+        cells[f"TOT {subset}"] = cell
     means = {}
     for name in ("ITT replace", "ITT swap", "TOT replace", "TOT swap"):
         means[name] = mean(cell for column, cell in cells.items() if column.startswith(name))
@@ -458,17 +395,18 @@ def columns_of(group: str) -> dict[str, str]:
     return {f"{name} {column}".strip(): column for name in ("", group) for column in columns}
 
 
-def two_images(scorer: Scorer, root: Path, log: Log, benchmark: str) -> dict[str, Cell]:
+def two_images(scorer: Scorer, args, log: Log, benchmark: str) -> dict[str, Cell]:
     """Winoground (arXiv 2204.03162) and sets of its kind, after the paper: two images, each with a
     caption. Text: each image is closer to its own caption. Image: each caption is closer to its own
     image. Group: both. GroupMatch (arXiv 2510.07632): the sum of the two own scores is higher than
     that of the other two. Chance: 25, 25, 16.7, 50. A tie is wrong. An entry may have a group."""
     items, cells, right = [], defaultdict(Cell), defaultdict(list)
-    for e in read_entries(root / benchmark / "examples.jsonl", log):
+    folder = args.data_root / benchmark
+    for e in read_entries(folder / "examples.jsonl", log):
         group = "" if e.get("group") is None else str(e["group"])
         for name in columns_of(group):
             cells[name].total += 1
-        paths = [root / benchmark / "images" / e[f"image_{n}"] for n in (0, 1)]
+        paths = [folder / "images" / e[f"image_{n}"] for n in (0, 1)]
         images = [ImagePart(path if path.suffix else path.with_suffix(".png")) for path in paths]
         absent = [image for image in images if not files.is_there(*image)]
         log.absent_images += absent
@@ -495,17 +433,19 @@ def two_images(scorer: Scorer, root: Path, log: Log, benchmark: str) -> dict[str
 WHATSUP = {"A": "controlled_images_dataset.json", "B": "controlled_clevr_dataset.json"}
 
 
-def whatsup(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
+def whatsup(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2310.19785, after the paper: of four captions that differ in the preposition, the first
     is right. Chance is 25; a tie is wrong."""
     cells = {}
     for name, file in WHATSUP.items():
-        entries = []
-        for e in read_entries(root / "whatsup/data" / file, log):
-            image = ImagePart(root / "whatsup" / e["image_path"])
+        items = []
+        for e in read_entries(args.data_root / "whatsup/data" / file, log):
+            image = ImagePart(args.data_root / "whatsup" / e["image_path"])
             right, *wrong = e["caption_options"]
-            entries.append([Item(name, image, right, text) for text in wrong])
-        cells[name] = all_right(scorer, entries, log)
+            if len(wrong) != 3:
+                raise BadInput(f"{file}: an entry has {1 + len(wrong)} captions, not 4")
+            items += [Item(name, image, right, text) for text in wrong]
+        cells[name] = accuracies(scorer, items, log, per_entry=3)[name]
     return cells | {"Avg": mean(cells.values())}
 
 
@@ -514,10 +454,10 @@ def image_of(record: dict, folder: Path) -> ImagePart:
     return ImagePart(folder / str(record["image"]), box)
 
 
-def generated_negatives(scorer: Scorer, path: Path, folder: Path, log: Log) -> dict[str, Cell]:
+def generated_negatives(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
     """Each kind of a file that negatives.py wrote, and their mean. As in training, what has no
     caption is left out."""
-    items, left_out = [], Counter()
+    items, left_out, path = [], Counter(), args.pairs
     with one_line_errors(f"{path} is not a file of negatives.py"), files.open_text(path) as file:
         for record in files.read_json_lines(file):
             caption = (record["caption"] or "").strip()
@@ -526,7 +466,7 @@ def generated_negatives(scorer: Scorer, path: Path, folder: Path, log: Log) -> d
                 continue
             for kind, text in record.items():
                 if isinstance(text, str) and kind not in ("id", "image", "caption"):
-                    items.append(Item(kind, image_of(record, folder), caption, text))
+                    items.append(Item(kind, image_of(record, args.images), caption, text))
     files.say_once(f"{path}: negatives {len(items):,}{files.counted(left_out)}")
     groups = accuracies(scorer, items, log)
     return groups | {"mean": mean(groups.values())}
@@ -537,10 +477,14 @@ def pre_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
 
 
-def retrieval(scorer: Scorer, captions: Path, folder: Path, log: Log, splits=()) -> dict[str, Cell]:
+def retrieval(scorer: Scorer, args, log: Log, of_coco: bool = False) -> dict[str, Cell]:
     """Recall in % at 1, 5, 10 (Table 5 prints R@5). I2T: of captions by an image, where any of its
     own counts; T2I: of the image by a caption. What ties with the right one is ranked before it.
     There is no value unless every image is there, because among fewer images it is easier."""
+    captions, folder, splits = args.captions, args.images, args.split
+    if of_coco:
+        folder, splits = args.data_root / "coco", []
+        captions = folder / "annotations/coco_karpathy_test.json"
     if log.note_if_absent(captions):
         return {}
     records = files.read_captions(captions, splits)
@@ -566,22 +510,20 @@ def retrieval(scorer: Scorer, captions: Path, folder: Path, log: Log, splits=())
     return cells
 
 
-# Table 5: ELEVATER's sets by metric, as CLIP_benchmark calls them; hateful-memes is not in it.
-ACCURACY = ["cifar10", "cifar100", "country211", "dtd", "eurosat", "fer2013", "food101", "gtsrb"]
-ACCURACY += ["mnist", "pcam", "renderedsst2", "resisc45", "cars", "kitti_closest_vehicle_distance"]
+# Table 5: these sets of ELEVATER have the mean accuracy of the classes as their metric.
 MEAN_PER_CLASS = ["caltech101", "fgvc_aircraft", "flowers", "pets"]
-ELEVATER = [*ACCURACY, *MEAN_PER_CLASS, "voc2007_multilabel"]  # the last: 11-point mAP
 
 
-def zero_shot(scorer: Scorer, root: Path, log: Log) -> dict[str, Cell]:
-    """ELEVATER's sets that are there, their mean if all 19 are, and ImageNet."""
-    cells = {}
-    for name in [*ELEVATER, "imagenet1k"]:
-        folder = root / "zeroshot" / name
+def zero_shot(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+    """ELEVATER's sets that are there, as CLIP_benchmark calls them; their mean if all 19 are; and
+    ImageNet. ELEVATER's twentieth, hateful-memes, is not in CLIP_benchmark."""
+    cells = defaultdict(Cell)
+    for name in [*groups_of("zeroshot"), "imagenet1k"]:
+        folder = args.data_root / "zeroshot" / name
         if not log.note_if_absent(folder):
             with one_line_errors(f"{folder} is not read by CLIP_benchmark (docs/benchmarks.md)"):
                 cells[name] = zero_shot_set(scorer, folder)
-    return cells | {"ELEVATER 19": mean(cells.get(name, Cell()) for name in ELEVATER)}
+    return dict(cells) | averages("zeroshot", cells)
 
 
 def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
@@ -595,7 +537,7 @@ def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
     weights = zeroshot.zero_shot_classifier(model, scorer.tokenizer, *texts, device, amp=False)
     loader = DataLoader(data, scorer.batch_size)
     logits, target = zeroshot.run_classification(model, weights, loader, device, amp=False)
-    chosen = finite(logits).argmax(1)  # of (N, C)
+    chosen = files.finite(logits).argmax(1)  # of (N, C)
     if folder.name == "voc2007_multilabel":
         value = map_11_point(logits.softmax(1), target.bool())
     else:
@@ -619,23 +561,25 @@ def map_11_point(scores: Tensor, target: Tensor) -> float:
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-BENCHMARKS = {  # those below --data-root: the titles of their tables
-    "aro": "ARO (Table 1)",
-    "valse": "VALSE (Table 1)",
-    "vlc": "VL-CheckList (Table 2)",
-    "sugarcrepe": "SugarCrepe (Table 3)",
-    "sugarcrepe_pp": "SugarCrepe++ (arXiv 2406.11171)",
-    "winoground": "Winoground (arXiv 2204.03162)",
-    "vismin": "VisMin (arXiv 2407.16772)",
-    "bivlc": "BiVLC (arXiv 2406.09952)",
-    "colorswap": "ColorSwap (arXiv 2402.04492)",
-    "mmvp_vlm": "MMVP-VLM (arXiv 2401.06209)",
-    "whatsup": "What'sUp (arXiv 2310.19785)",
-    "coco": "COCO retrieval, Karpathy's 5k test",
-    "zeroshot": "Zero-shot classification",
+BENCHMARKS = {  # those below --data-root: the title of their table, and their function
+    "aro": ("ARO (Table 1)", aro),
+    "valse": ("VALSE (Table 1)", valse),
+    "vlc": ("VL-CheckList (Table 2)", vlc),
+    "sugarcrepe": ("SugarCrepe (Table 3)", sugarcrepe),
+    "sugarcrepe_pp": ("SugarCrepe++ (arXiv 2406.11171)", sugarcrepe_pp),
+    "winoground": ("Winoground (arXiv 2204.03162)", partial(two_images, benchmark="winoground")),
+    "vismin": ("VisMin (arXiv 2407.16772)", partial(two_images, benchmark="vismin")),
+    "bivlc": ("BiVLC (arXiv 2406.09952)", partial(two_images, benchmark="bivlc")),
+    "colorswap": ("ColorSwap (arXiv 2402.04492)", partial(two_images, benchmark="colorswap")),
+    "mmvp_vlm": ("MMVP-VLM (arXiv 2401.06209)", partial(two_images, benchmark="mmvp_vlm")),
+    "whatsup": ("What'sUp (arXiv 2310.19785)", whatsup),
+    "coco": ("COCO retrieval, Karpathy's 5k test", partial(retrieval, of_coco=True)),
+    "zeroshot": ("Zero-shot classification", zero_shot),
 }
-TITLES = BENCHMARKS | {"pairs": "Generated negatives", "captions": "Retrieval"}
-TITLES["table_5"] = "Gain and forgetting (Table 5; the paper: ELEVATER over 20 sets)"
+OWN_DATA = {  # --pairs and --captions
+    "pairs": ("Generated negatives", generated_negatives),
+    "captions": ("Retrieval", retrieval),
+}
 TABLE_5 = ["aro Relation", "aro Attribution", "valse Avg 11 files", "valse Avg 9 columns"]
 TABLE_5 += ["vlc Avg", "sugarcrepe Avg", "coco T2I R@5", "coco I2T R@5", "zeroshot ELEVATER 19"]
 TABLE_5 += ["zeroshot imagenet1k", "pairs mean", "captions T2I R@5", "captions I2T R@5"]
@@ -655,41 +599,38 @@ def table_5(results: dict[str, dict]) -> dict[str, dict[str, Cell]]:
 def paper_rows(benchmark: str) -> dict[str, dict[str, Cell]]:
     """What the paper prints: {row: {column: cell}}."""
     rows = defaultdict(dict)
-    with Path(__file__).with_name("paper.csv").open(newline="") as file:
-        for entry in csv.DictReader(file):
-            if entry["benchmark"] == benchmark:
-                rows[f"{entry['row']} (paper)"][entry["column"]] = Cell(float(entry["value"]))
+    for line in own_table("paper.csv", benchmark):
+        rows[f"{line['row']} (paper)"][line["column"]] = Cell(float(line["value"]))
     return rows
 
 
 def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent: list[str]) -> str:
     """A benchmark's table: the paper's rows, ours, and their differences from the base."""
+    title = "Gain and forgetting (Table 5; the paper: ELEVATER over 20 sets)"
+    if name != "table_5":
+        title, _ = (BENCHMARKS | OWN_DATA)[name]
     *_, cells = rows.values()  # all rows have the same columns
     if not any(cell.scored for cell in cells.values()):
         why = f"Absent: {absent[0]}" if absent else "It has no items"
-        return f"{TITLES[name]} is not scored. {why}; see docs/benchmarks.md"
-    table = paper_rows(name)
-    for row, cells in rows.items():
-        table[row] = cells
-        table[f"{row}, blind"] = {column: Cell(cell.blind) for column, cell in cells.items()}
-        table[f"{row}, grounded gain"] = {
-            column: f"{c.value - c.blind:+.1f}"
-            for column, c in cells.items()
-            if c.blind is not None
-        }
-        table[f"{row}, looking"] = {column: Cell(cell.looking) for column, cell in cells.items()}
+        return f"{title} is not scored. {why}; see docs/benchmarks.md"
+    table, counts = paper_rows(name), defaultdict(dict)
     for row, cells in rows.items():
         for column, cell in cells.items():
+            table[row][column] = cell
+            table[f"{row}, blind"][column] = Cell(cell.blind)
+            if cell.blind is not None:
+                table[f"{row}, grounded gain"][column] = f"{cell.value - cell.blind:+.1f}"
+            table[f"{row}, looking"][column] = Cell(cell.looking)
             before = rows[base][column].value if base and row != base else None
             if before is not None and cell.value is not None:
                 table[f"{row} - {base}"][column] = f"{cell.value - before:+.1f}"
-    table["scored/all"] = {column: f"{cell.scored}/{cell.total}" for column, cell in cells.items()}
-    for row, cells in rows.items():
-        table[f"ties, {row}"] = {column: cell.ties or "" for column, cell in cells.items()}
-        same = {column: cell.same_tokens or "" for column, cell in cells.items()}
-        table[f"same tokens, {row}"] = same
-    partial = absent or any(cell.scored < cell.total for cell in cells.values())
-    text = f"## {TITLES[name]}, %{' - PARTIAL' if partial else ''}\n\n" + markdown(table, cells)
+            counts["scored/all"][column] = f"{cell.scored}/{cell.total}"
+            counts[f"ties, {row}"][column] = cell.ties or ""
+            counts[f"same tokens, {row}"][column] = cell.same_tokens or ""
+    is_partial = absent or any(cell.scored < cell.total for cell in cells.values())
+    text = f"## {title}, %{' - PARTIAL' if is_partial else ''}\n\n" + markdown(
+        table | counts, cells
+    )
     if absent:
         text += "\n\nAbsent: " + "; ".join(absent[:2])
         text += f" and {len(absent) - 2} more" if absent[2:] else ""
@@ -726,23 +667,6 @@ def checkpoints(args: argparse.Namespace) -> Iterator[tuple[str, Loaded]]:
                 if weight.is_floating_point():
                     weight.lerp_(weights[name], alpha)
             yield f"{source}, WiSE {alpha:g}", base
-
-
-def run_benchmark(name: str, scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
-    if name == "pairs":
-        return generated_negatives(scorer, args.pairs, args.images, log)
-    if name == "captions":
-        return retrieval(scorer, args.captions, args.images, log, args.split)
-    if name == "coco":
-        path = args.data_root / "coco/annotations/coco_karpathy_test.json"
-        return retrieval(scorer, path, args.data_root / "coco", log)
-    if name == "vlc":
-        return vlc(scorer, args.data_root, log, args.vlc_rows)
-    if name in ("winoground", "vismin", "bivlc", "colorswap", "mmvp_vlm"):
-        return two_images(scorer, args.data_root, log, name)
-    others = {"aro": aro, "valse": valse, "sugarcrepe": sugarcrepe, "whatsup": whatsup}
-    others |= {"sugarcrepe_pp": sugarcrepe_pp, "zeroshot": zero_shot}
-    return others[name](scorer, args.data_root, log)
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -783,7 +707,7 @@ def parse_args() -> argparse.Namespace:
         p.error("--split goes together with --captions")
     if args.wise and not args.base:
         p.error("--wise needs --base: between what and the checkpoint?")
-    args.bench = args.bench + [name for name in ("pairs", "captions") if getattr(args, name)]
+    args.bench = args.bench + [name for name in OWN_DATA if getattr(args, name)]
     args.bench = args.bench or list(BENCHMARKS)
     return args
 
@@ -801,7 +725,8 @@ def main() -> None:
         for name in args.bench:
             log = Log(args.blind)
             with one_line_errors(f"{name} has a file of another form (docs/benchmarks.md)"):
-                results[name][row] = run_benchmark(name, scorer, args, log)
+                _, score = (BENCHMARKS | OWN_DATA)[name]
+                results[name][row] = score(scorer, args, log)
             scored += sum(cell.scored for cell in results[name][row].values())
             absent[name] = log.all_absent()  # the same for every checkpoint
             for decision in log.decisions:

@@ -87,6 +87,13 @@ def say_once(line: str) -> None:
     say(line)
 
 
+def finite(features: Tensor) -> Tensor:
+    """The same, as float32 on the CPU. Raises BadInput."""
+    if not features.isfinite().all():
+        raise BadInput("features that are not finite: the checkpoint is broken")
+    return features.float().cpu()
+
+
 def counted(counts: Counter) -> str:
     """ "; left out: .json files 9, of other splits 3" from {reason: count}, or ""."""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from files import BadInput, one_line_errors
+from files import BadInput, finite, one_line_errors
 
 # All other sizes are the defaults of timm's SwinTransformer and of BertConfig (bert-base-uncased).
 # A .json file like this one, given as --model, describes a model of another size.
@@ -116,6 +116,22 @@ class XVLM(nn.Module):
         states = self.image_states(images) if images.ndim == 4 else images
         states = states if which is None else states[which]
         return self.itm_logits(states, *self.text_states(captions))[:, 1]
+
+    @torch.inference_mode()
+    def match_all(self, scorer, texts_of: dict) -> dict[tuple, float]:
+        """{(image, text): the logit of "match"} for each image of eval_bench.py and its texts.
+        The scorer then knows the features of the images, too."""
+        matches = {}
+        for batch, pixels in scorer.batches(list(texts_of)):
+            states = self.image_states(pixels)
+            features = self.encode_image(states, normalize=True)
+            scorer.images.update(zip(batch, finite(features)))
+            pairs = [(n, text) for n, image in enumerate(batch) for text in texts_of[image]]
+            which, texts = zip(*pairs)
+            logits = self.match(states, scorer.tokenizer(texts), torch.tensor(which))
+            for (n, text), logit in zip(pairs, finite(logits).tolist()):
+                matches[batch[n], text] = logit
+        return matches
 
     def forward(self, images: Tensor, tokens: Tensor, exists: Tensor):
         """Unit image features (b, embed_dim), unit text features (n, embed_dim), and the image-text

@@ -25,11 +25,10 @@ from eval_bench import Item, Log, Scorer
 
 def read_items(root: Path) -> list[Item]:
     items = []
-    for subsets in eval_bench.SUGARCREPE.values():
-        for subset in subsets:
-            for e in eval_bench.read_entries(root / f"sugarcrepe/{subset}.json", Log()):
-                image = (root / "coco/val2017" / e["filename"], None)
-                items.append(Item(subset, image, e["caption"], e["negative_caption"]))
+    for subset in eval_bench.groups_of("sugarcrepe"):
+        for e in eval_bench.read_entries(root / f"sugarcrepe/{subset}.json", Log()):
+            image = (root / "coco/val2017" / e["filename"], None)
+            items.append(Item(subset, image, e["caption"], e["negative_caption"]))
     return items
 
 

@@ -21,11 +21,22 @@ import files
 from eval_bench import Cell, Item, Log, Scorer, mean
 from files import ImagePart
 
-SUBSETS = [name for names in eval_bench.SUGARCREPE.values() for name in names]
-VALSE = {file: column for column, names in eval_bench.VALSE.items() for file in names}
-VLC = {}  # file: column
-for column, types, sources in eval_bench.VLC:
-    VLC |= {f"{t}/{file}": column for t in types for source in sources for file in source}
+
+def columns(benchmark: str) -> dict[str, str]:
+    """{group: the first column of columns.csv in which it counts}."""
+    column_of = {}
+    for line in eval_bench.own_table("columns.csv", benchmark):
+        for group in line["groups"].split():
+            column_of.setdefault(group, line["column"])
+    return column_of
+
+
+SUBSETS, VALSE, VLC = columns("sugarcrepe"), columns("valse"), columns("vlc")
+
+
+def at(root: Path, **more) -> Namespace:
+    """The arguments of the command, for a benchmark's function."""
+    return Namespace(data_root=root, vlc_rows=1000, **more)
 
 
 def save(path: Path, content) -> Path:
@@ -67,7 +78,7 @@ def test_a_tie_is_wrong_and_a_missing_image_is_counted():
     line = eval_bench.score_item(scorer, items[2], matches := {(a, "cat"): 0.25, (a, "dog"): 2.0})
     matches[a, "pet"] = 0
     assert (line["scores"], line["right"], line["gap"]) == ([2.5, 1.25], True, -0.5)
-    scorer.model.match, scorer.match = True, lambda texts_of: matches  # an X-VLM
+    scorer.model.match_all = lambda scorer, texts_of: matches  # an X-VLM
     values = [eval_bench.accuracies(scorer, items, log, itm)["y"].value for itm in (False, True)]
     assert values == [0, 100]
     torch.manual_seed(0)  # the same text twice is a tie, in whatever order a product is summed
@@ -203,7 +214,7 @@ def test_sugarcrepe_pp_by_hand(tmp_path):
     save(tmp_path / "sugarcrepe_pp" / "replace_obj.json", entries)
     asked = set()
     scorer.encode = lambda images, texts: asked.update(texts)
-    cells = eval_bench.sugarcrepe_pp(scorer, tmp_path, log := Log())
+    cells = eval_bench.sugarcrepe_pp(scorer, at(tmp_path), log := Log())
     assert {"a2", "n2"} < asked  # although the image is absent
     assert len(log.decisions) == 2 * (3 + 4 * 2) + (5 + 4 * 2)
     last = {"group": "TOT swap_att", "image": None, "positive": "a", "second": "b", "negative": "b"}
@@ -218,7 +229,7 @@ def test_sugarcrepe_pp_by_hand(tmp_path):
     for images, blind in (([0, 1, 0], 0), ([1, 0.5, 0], 100)):
         scorer.images[ImagePart(folder / "2.jpg")] = tensor(images).float()
         save(tmp_path / "sugarcrepe_pp" / "replace_obj.json", [item, item | {"filename": "2.jpg"}])
-        blinded = eval_bench.sugarcrepe_pp(scorer, tmp_path, Log(blind=True))["ITT replace_obj"]
+        blinded = eval_bench.sugarcrepe_pp(scorer, at(tmp_path), Log(blind=True))["ITT replace_obj"]
         assert (blinded.value, blinded.blind) == (50 + blind / 2, 50 + blind / 2)
 
 
@@ -233,7 +244,7 @@ def test_two_images_by_hand(tmp_path):
     lines[0]["group"] = lines[1]["group"] = "object"
     lines[4]["group"] = 0  # its images are absent
     save(tmp_path / "vismin" / "examples.jsonl", "\n".join(map(json.dumps, lines)))
-    cells = eval_bench.two_images(scorer, tmp_path, log := Log(), "vismin")
+    cells = eval_bench.two_images(scorer, at(tmp_path), log := Log(), "vismin")
     expected = {"Text": Cell(50, 4, 5, 2), "Image": Cell(25, 4, 5, 2), "Group": Cell(25, 4, 5, 2)}
     expected |= {"GroupMatch": Cell(100, 4, 5), "object GroupMatch": Cell(100, 2, 2)}
     expected |= {"object Text": Cell(100, 2, 2), "object Image": Cell(50, 2, 2)}
@@ -245,13 +256,13 @@ def test_two_images_by_hand(tmp_path):
     assert log.all_absent() == [f"images (1), the first is {folder / 'absent.png'}"]
     for name in images:  # a model of the text alone: c0 is likelier than c1
         scorer.images[ImagePart(folder / f"{name}.png")] = tensor([1, 0.3])
-    cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
+    cells = eval_bench.two_images(scorer, at(tmp_path), Log(), "vismin")
     assert {cell.value for cell in cells.values() if cell.scored} == {0}
     scorer.tokens["c0"] = scorer.tokens["c1"] = tensor([1])  # the captions are cut to the same
     scorer.images[ImagePart(folder / "p.png")] = tensor([1, 0.2])
     scorer.images[ImagePart(folder / "q.png")] = tensor([0.1, 1])
     save(tmp_path / "vismin" / "examples.jsonl", json.dumps(lines[0] | {"group": None}))
-    cells = eval_bench.two_images(scorer, tmp_path, Log(), "vismin")
+    cells = eval_bench.two_images(scorer, at(tmp_path), Log(), "vismin")
     assert cells == dict.fromkeys(list(expected)[:4], Cell(0, 1, 1, same_tokens=1))
 
 
@@ -268,11 +279,15 @@ def test_whatsup_by_hand(tmp_path):
     entries.append(entries[0] | {"image_path": "data/a/9.jpg"})  # absent
     save(tmp_path / "whatsup" / "data" / "controlled_images_dataset.json", entries)
     save(tmp_path / "whatsup" / "data" / "controlled_clevr_dataset.json", entries[:2])
-    cells = eval_bench.whatsup(scorer, tmp_path, log := Log(blind=True))
+    cells = eval_bench.whatsup(scorer, at(tmp_path), log := Log(blind=True))
     assert (cells["A"].value, cells["A"].scored, cells["A"].total) == (50, 4, 5)
     assert (cells["A"].ties, cells["B"].value, cells["Avg"].value) == (1, 100, None)
-    assert cells["B"].blind == 0  # each has the other's image
+    assert (cells["B"].blind, cells["B"].looking) == (0, 100)  # each beside the other's image
     assert len(log.decisions) == 3 * (4 + 2)
+    entries[0]["caption_options"] = options[:3]
+    save(tmp_path / "whatsup" / "data" / "controlled_images_dataset.json", entries)
+    with pytest.raises(files.BadInput, match="dataset.json: an entry has 3 captions, not 4$"):
+        eval_bench.whatsup(scorer, at(tmp_path), Log())
 
 
 def test_aro_is_black_beyond_the_border(tmp_path):
@@ -285,7 +300,7 @@ def test_aro_is_black_beyond_the_border(tmp_path):
     boxes = [(-5, 90, 15, 99), (30, 20, 70, 60)]
     scorer = by_hand({"a": [1], "b": [0]}, {})
     scorer.images = {ImagePart(path, box, True): tensor([1.0]) for box in boxes}
-    assert eval_bench.aro(scorer, tmp_path, Log())["Relation"] == Cell(100, 2, 2)
+    assert eval_bench.aro(scorer, at(tmp_path), Log())["Relation"] == Cell(100, 2, 2)
     wholly, partly = (np.asarray(files.open_image(path, box, black=True)) for box in boxes)
     assert (wholly.shape, wholly.max()) == ((9, 20, 3), 0)
     assert partly[20:].max() == partly[:, 20:].max() == 0 < partly[:20, :20].min(2).max()
@@ -304,11 +319,10 @@ def test_averages_are_defined_as_the_papers(place, monkeypatch):
             return cells
 
         monkeypatch.setattr(eval_bench, "accuracies", accuracies)
-        rows = [1000] if benchmark == "vlc" else []
-        return getattr(eval_bench, benchmark)(by_hand({}, {}), place / "data", Log(), *rows)
+        return getattr(eval_bench, benchmark)(by_hand({}, {}), at(place / "data"), Log())
 
-    off, same = {}, dict(zip(SUBSETS, SUBSETS))
-    for benchmark, column_of in {"valse": VALSE, "vlc": VLC, "sugarcrepe": same}.items():
+    off = {}
+    for benchmark, column_of in {"valse": VALSE, "vlc": VLC, "sugarcrepe": SUBSETS}.items():
         for name, row in eval_bench.paper_rows(benchmark).items():
             cells = {file: Cell(row[column].value, 1, 1) for file, column in column_of.items()}
             averaged = averages(benchmark, cells)
@@ -356,7 +370,8 @@ def test_retrieval_by_hand(tmp_path):
     def retrieval(*pairs: tuple[str, str]) -> list[Cell]:
         entries = [{"image": image, "caption": caption} for image, caption in pairs]
         path = save(tmp_path / "c.json", entries)
-        return list(eval_bench.retrieval(scorer, path, tmp_path, log).values())
+        args = at(tmp_path, captions=path, images=tmp_path, split=[])
+        return list(eval_bench.retrieval(scorer, args, log).values())
 
     log = Log()
 
@@ -599,7 +614,7 @@ def test_zero_shot_by_hand(place, tmp_path):
     folder = save_shard(tmp_path / "zeroshot" / "resisc45", labels)
     save_shard(tmp_path / "zeroshot" / "voc2007_multilabel", rows)
     scorer = Scorer(loaded := ce_clip.load_model(str(place / ONE)), batch_size=3)
-    cells = eval_bench.zero_shot(scorer, tmp_path, log := Log())
+    cells = eval_bench.zero_shot(scorer, at(tmp_path), log := Log())
     assert (str(cells["ELEVATER 19"]), len(cells), len(log.absent)) == ("partial", 3, 18)
     templates = ("a {}.", "a photo of a big {}.")
     texts = [text.format(c) for c in ("river", "forest floor", "beach") for text in templates]
@@ -611,12 +626,12 @@ def test_zero_shot_by_hand(place, tmp_path):
     accuracy, per_class = right.mean().item(), (right[::2].mean() + right[1::2].mean()).item() / 2
     voc = 100 * eval_bench.map_11_point(scores.softmax(1), tensor(rows).bool())
     assert len({round(value, 3) for value in (accuracy, per_class, voc)}) == 3
-    expected = dict.fromkeys([*eval_bench.ELEVATER, "imagenet1k"], accuracy)
+    expected = dict.fromkeys([*columns("zeroshot"), "imagenet1k"], accuracy)
     expected |= dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers", "pets"), per_class)
     expected["voc2007_multilabel"] = voc
     for name in set(expected) - set(cells):
         (tmp_path / "zeroshot" / name).symlink_to(folder)
-    cells = eval_bench.zero_shot(scorer, tmp_path, log := Log())
+    cells = eval_bench.zero_shot(scorer, at(tmp_path), log := Log())
     expected["ELEVATER 19"] = (14 * accuracy + 4 * per_class + voc) / 19
     values = {name: cell.value for name, cell in cells.items()}
     assert values == pytest.approx(expected, abs=0.01)
@@ -636,7 +651,7 @@ def test_zero_shot_by_hand(place, tmp_path):
         (f"{ONE} --data-root bad --bench sugarcrepe", "add_obj.json is not a JSON list or object"),
         (
             f"{ONE} --data-root bad --bench sugarcrepe_pp",
-            'sugarcrepe_pp/replace_obj.json: no field negative_caption in {"filename": "a"',
+            'sugarcrepe_pp/replace_obj.json: no field caption in {"filename": "a", "text"',
         ),
         (f"{ONE} --data-root bad --bench valse", "valse/existence.json: no field caption in {"),
         (f"{ONE} --data-root bad --bench winoground", "examples.jsonl, line 2: it is not UTF-8"),
