@@ -607,7 +607,7 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
                       kind, with open_clip_config.json
     a file of ours    it knows its model, and `name` is not looked at
     any other file    third-party weights of the model `name`: see files.py
-    another folder    such a file in it; a config.json of transformers knows the activation
+    another folder    such a file in it, or a CLIPModel of transformers, whose config.json is read
     """
     path = Path(source)
     model_name, _, tag = source.rpartition("/")
@@ -625,15 +625,8 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
         if "config" in content and isinstance(content.get("model"), str):
             loaded = build_model(content["model"], None, content["config"], content["preprocess"])
         elif (path / "config.json").exists():
-            theirs, preprocess = files.read_transformers_config(path)
-            config = build_model(name).config | {"quick_gelu": theirs["quick_gelu"]}
-            name = Path(name).stem.removesuffix("-quickgelu")
-            name += "-quickgelu" if theirs["quick_gelu"] else ""
-            loaded = build_model(name, None, config, preprocess)
-            towers = (loaded.model.transformer, loaded.model.visual.transformer)
-            heads = tuple(tower.resblocks[0].attn.num_heads for tower in towers)
-            if heads != theirs["heads"]:
-                raise ValueError(f"it has {theirs['heads']} attention heads, {name} has {heads}")
+            config, preprocess = files.read_transformers_config(path)
+            loaded = build_model(path.resolve().name, None, config, preprocess)
         else:
             loaded = build_model(name)
             files.say(
@@ -669,10 +662,8 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
     has_weights = name.startswith(("hf-hub:", "local-dir:"))
     known_as = name  # what open_clip calls it
     with one_line_errors(f"{what} is not a model that open_clip can build (offline: name a file)"):
-        known = open_clip.get_model_config(name)
-        if config and known != config:  # open_clip learns a config from a file
-            if known:  # another config has this name, and keeps it
-                known_as = f"{name}-{files.sha256(json.dumps(config))[:8]}"
+        if config:  # open_clip learns it from a file; the digest tells it from others of this name
+            known_as = f"{name}-{files.sha256(json.dumps(config))[:8]}"
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, f"{known_as}.json")
                 path.write_text(json.dumps(config))

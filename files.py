@@ -664,32 +664,35 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_transformers_config(folder: Path) -> tuple[dict, dict]:
-    """What a folder of transformers says of a CLIPModel besides its sizes, in two dicts: whether it
-    is of "quick_gelu" and the "heads" of its two towers; and open_clip's image_mean, image_std ...
-    What it leaves out has transformers' default. Raises ValueError for what open_clip lacks."""
-    config = json.loads((folder / "config.json").read_text())
-    text, vision = (config.get(tower, {}) for tower in ("text_config", "vision_config"))
-    activations = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
+    """The config of a CLIPModel that transformers saved in a folder, as open_clip writes it; and
+    open_clip's image_mean, image_std ... Raises ValueError for what open_clip lacks."""
+    from transformers import CLIPConfig, CLIPImageProcessor  # here, because it takes seconds
+
+    theirs = CLIPConfig.from_pretrained(folder)
+    towers = {"vision_cfg": theirs.vision_config, "text_cfg": theirs.text_config}
+    activations = {tower.hidden_act for tower in towers.values()}
     if activations not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(f"its activations are {sorted(activations)}, not quick_gelu or gelu")
-    heads = (text.get("num_attention_heads", 8), vision.get("num_attention_heads", 12))
-    model = {"quick_gelu": activations == {"quick_gelu"}, "heads": heads}
-    processor = {}
-    # one is of transformers before version 5, the other since then
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            content = json.loads((folder / name).read_text())
-            content = content.get("image_processor", content)
-            if "image_mean" in content:
-                processor = content
-    if not processor:
+    config = {"embed_dim": theirs.projection_dim, "quick_gelu": activations == {"quick_gelu"}}
+    for name, tower in towers.items():
+        config[name] = {"width": tower.hidden_size, "layers": tower.num_hidden_layers}
+        config[name]["mlp_ratio"] = tower.intermediate_size / tower.hidden_size
+    vision, text = towers.values()
+    config["vision_cfg"]["head_width"] = vision.hidden_size // vision.num_attention_heads
+    config["vision_cfg"].update(image_size=vision.image_size, patch_size=vision.patch_size)
+    config["text_cfg"]["heads"] = text.num_attention_heads
+    config["text_cfg"]["context_length"] = text.max_position_embeddings
+    config["text_cfg"]["vocab_size"] = text.vocab_size
+    try:
+        processor, _ = CLIPImageProcessor.get_image_processor_dict(folder)
+    except OSError:
         say(f"warning: {folder} does not say its image transforms: those of OpenAI are assumed")
-        return model, {}
+        return config, {}
     for step in ("do_normalize", "do_rescale", "do_resize"):
         if not processor.get(step, True):
             raise ValueError(f"it says {step}: false of its images, which open_clip always does")
     has_height = isinstance(processor.get("size"), dict) and "height" in processor["size"]
-    return model, {
+    return config, {
         "image_mean": processor["image_mean"],
         "image_std": processor["image_std"],
         "image_interpolation": {2: "bilinear", 3: "bicubic"}[processor.get("resample", 3)],

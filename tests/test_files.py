@@ -479,12 +479,11 @@ def save_transformers(folder: Path, activation: str) -> CLIPModel:
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
-    """Its weights lie in several files; its activation is in config.json."""
+    """Its weights lie in several files; its sizes and its activation are in config.json."""
     theirs = save_transformers(tmp_path, activation)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     (tmp_path / "pytorch_model.bin").write_text("not read")
-    loaded = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
-    assert open_clip.get_model_config("tiny")["quick_gelu"]  # what the name means did not change
+    loaded = ce_clip.load_model(str(tmp_path))
     warning = f"warning: {tmp_path} does not say its image transforms: those of OpenAI are assumed"
     assert f"{warning}\n" in capsys.readouterr().err
     images, tokens = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a dog", "a red cat eats"])
@@ -494,58 +493,59 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
     torch.testing.assert_close(image, expected.image_embeds, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(text, expected.text_embeds, atol=1e-5, rtol=1e-4)
     assert scale == theirs.logit_scale.exp()
-    name = "tiny-quickgelu" if activation == "quick_gelu" else "tiny"
     older = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # not a weight
     save_file(theirs.state_dict() | older, tmp_path / "model.safetensors")
-    again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    again = ce_clip.load_model(str(tmp_path))
     assert flat(again.model.state_dict()) == flat(loaded.model.state_dict())
-    assert (again.config["quick_gelu"], again.name) == (activation == "quick_gelu", name)
-    photo, name = Image.effect_noise((40, 30), 50).convert("RGB"), "preprocessor_config.json"
+    assert (again.config["quick_gelu"], again.name) == (activation == "quick_gelu", tmp_path.name)
+    files.save_checkpoint(tmp_path / "ours.pt", again)
+    assert ce_clip.load_model(str(tmp_path / "ours.pt")).config == again.config
+    photo = Image.effect_noise((40, 30), 50).convert("RGB")
     sizes = [(32, 32), ({"shortest_edge": 32}, 32), ({"height": 32, "width": 32}, (32, 32))]
     for size, mode in sizes:  # the first is that of old files
+        (tmp_path / "processor_config.json").unlink(missing_ok=True)
+        name = "preprocessor_config.json"
         processor = {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2, "size": size}
         (tmp_path / name).write_text(json.dumps(processor))
-        again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+        again = ce_clip.load_model(str(tmp_path))
         assert f"Resize(size={mode}, interpolation=bilinear" in str(again.eval_transform)
         assert "mean=[0.5, 0.5, 0.5], std=[0.4, 0.4, 0.4]" in str(again.eval_transform)
         (tmp_path / name).unlink()
         name = "processor_config.json"  # of transformers 5
         (tmp_path / name).write_text(json.dumps({"image_processor": processor}))
-        assert str(
-            ce_clip.load_model(str(tmp_path), str(world / "tiny.json")).eval_transform
-        ) == str(again.eval_transform)
+        assert str(ce_clip.load_model(str(tmp_path)).eval_transform) == str(again.eval_transform)
     assert capsys.readouterr().err.count("warning") == 1
     assert features(again, photo).isfinite().all()
-    heads = {"num_attention_heads": 2}  # transformers leaves out what is its default
-    small = json.dumps({"text_config": heads, "vision_config": heads})
-    (tmp_path / "config.json").write_text(small)
-    again = ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
-    assert again.config["quick_gelu"]
+    small = json.loads((tmp_path / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        del small[tower]["hidden_act"]  # transformers' default is quick_gelu
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    assert ce_clip.load_model(str(tmp_path)).config["quick_gelu"]
     mixed = {"text_config": {"hidden_act": "gelu"}, "vision_config": {"hidden_act": "quick_gelu"}}
     for config in (mixed, {"text_config": {"hidden_act": "relu"}}):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(
             BadInput, match=r"its activations are \['.*'\], not quick_gelu or gelu$"
         ):
-            ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
-    (tmp_path / "config.json").write_text("{}")  # of other heads, which no weight tells
-    with pytest.raises(BadInput, match=r"it has \(8, 12\) attention heads, tiny-quickgelu has \(2"):
-        ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
-    (tmp_path / "config.json").write_text(small)
+            ce_clip.load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")  # a ViT-B/32 of other sizes than the weights'
+    with pytest.raises(BadInput, match="size mismatch for positional_embedding"):
+        ce_clip.load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(small))
     processor["do_normalize"] = False
     (tmp_path / name).write_text(json.dumps({"image_processor": processor}))
     with pytest.raises(BadInput, match="it says do_normalize: false of its images"):
-        ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+        ce_clip.load_model(str(tmp_path))
     (tmp_path / name).unlink()
     (tmp_path / "adapter_config.json").write_text("{}")  # that was merged
-    assert ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+    assert ce_clip.load_model(str(tmp_path))
 
 
 def test_an_adapter_is_to_be_merged_first(world, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(BadInput, match="it holds an adapter: merge it into its model first"):
-        ce_clip.load_model(str(tmp_path), str(world / "tiny.json"))
+        ce_clip.load_model(str(tmp_path))
 
 
 def test_a_clip_with_a_logit_bias(world, tmp_path):
@@ -570,6 +570,7 @@ def test_weights_of_other_sizes(world, tmp_path, capsys):
     with pytest.raises(BadInput, match="size mismatch for positional_embedding"):
         ce_clip.load_model(str(path), str(world / "shorter.json"))
     torch.save(model_of(world).model.half().float().state_dict(), path)  # open_clip takes no half
+    open_clip.add_model_config(world / "larger.json")
     theirs, *_ = open_clip.create_model_and_transforms("larger", pretrained=str(path))
     assert flat(loaded.model.state_dict()) == flat(theirs.state_dict())
     ce_clip.load_model(str(path), str(world / "tiny.json"))

@@ -47,7 +47,10 @@ def test_checkpoint_is_the_same_model_here_and_in_open_clip(tmp_path, quick_gelu
     saved, images = read(path), torch.randn(2, 3, 32, 32)
     assert (saved["model"], saved["config"], saved["step"]) == (f"tiny-{quick_gelu}", config, 3)
     ours = ce_clip.load_model(str(path), "RN50")  # the file knows better
-    theirs, *_ = open_clip.create_model_and_transforms(saved["model"], pretrained=str(path))
+    name = saved["model"]
+    Path(tmp_path, f"{name}.json").write_text(json.dumps(saved["config"]))
+    open_clip.add_model_config(tmp_path)
+    theirs, *_ = open_clip.create_model_and_transforms(name, pretrained=str(path))
     for model in (ours.model, theirs):
         features = [x.eval().encode_image(images) for x in (model, loaded.model)]
         assert torch.equal(*features)
