@@ -23,6 +23,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip_train.scheduler import cosine_lr
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -250,13 +251,10 @@ def looking_loss(image: Tensor, text: Tensor, scale: Tensor, valid: Tensor) -> T
     returns  ()             0 for B = 1, or when nothing is valid. ValueError on a shape mismatch.
     It is the text-to-image half of Eq. (1) with the direction from a negative to its caption in
     place of the caption. A lead that the text alone gives is the same in all images, and counts for
-    nothing. But a text tower that says less about what it takes for a negative lowers L, too. So
-    it teaches to look only if text does not tell negatives from captions (docs/evidence.md).
-    A pair counts as far as its caption leads, up to one logit: where the two texts have almost the
-    same features, d_ik is noise, and the division by |T_i - T_ik| would magnify its gradient.
-    The loss does not make a caption lead, so it stands beside Eq. (2).
-    Relatives: the image preferences of mDPO (arXiv 2406.11839), MISP-DPO (2509.25717) and SymMPO
-    (2506.11712), and EqSim (2303.14465).
+    nothing. But a text tower that says less about what it takes for a negative lowers L, too: so it
+    teaches to look only if text does not tell negatives from captions (docs/evidence.md).
+    A pair counts as far as its caption leads, up to one logit, because d_ik is noise where the two
+    texts have almost the same features. The loss stands beside Eq. (2), which makes captions lead.
     """
     B, K = valid.shape
     D = image.shape[-1]
@@ -404,12 +402,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
+    set_lr = cosine_lr(optimizer, args.lr, args.warmup, total)  # after --warmup [authors' code]
     same = 0  # negatives with their caption's tokens, since the last line of the log
     bar = tqdm(batches, str(out), total, initial=start, unit="step", disable=rank() > 0)
     for step, (images, tokens, valid) in enumerate(bar, start + 1):
-        lr = args.lr * lr_factor(step - 1, args.warmup, total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_lr(step - 1)
         torch.manual_seed(seed_of(args.seed, step, rank()))  # for dropout, and X-VLM's draws
 
         image, text, scale, itm = encoder(images.to(device, non_blocking=True), tokens, valid)
@@ -453,13 +450,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             state = {"step": step, "threshold": threshold, "optimizer": optimizer.state_dict()}
             state.update(settings=settings, log=(out / "log.jsonl").stat().st_size)
             files.save_checkpoint(out / name, loaded, **state)
-
-
-def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then a cosine to 0; `step` counts from 0 [authors' code]."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def write_log(path: Path, line: dict) -> None:

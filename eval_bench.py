@@ -8,12 +8,12 @@ function reads files below --data-root, scores the items whose image is there, a
 paper does. A checkpoint encodes each image and text once for all, except in zero_shot and match.
 """
 
-import argparse
 import csv
 import json
 import random
 import re
 import statistics
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -90,6 +90,14 @@ def percent(values: list[float]) -> float | None:
     return 100 * sum(values) / len(values) if values else None
 
 
+def cell_of(decisions: list[dict], total: int) -> Cell:
+    """The cell of decisions with the keys right, tie and same_tokens."""
+    cell = Cell(percent([decision["right"] for decision in decisions]), len(decisions), total)
+    cell.ties = sum(decision["tie"] for decision in decisions)
+    cell.same_tokens = sum(decision["same_tokens"] for decision in decisions)
+    return cell
+
+
 # ---- Features and scores -------------------------------------------------------------------------
 class Scorer:
     """A checkpoint, and the unit features of what it has encoded (float32, on the CPU)."""
@@ -139,9 +147,9 @@ def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
         scores[0] += matches[item.image, item.positive]
         scores[1] += matches[item.image, item.negative]
     same = torch.equal(scorer.tokens[item.positive], scorer.tokens[item.negative])
-    right = scores[0] > scores[1] and not same
-    line = dict(scores=scores, right=right, gap=gap, similarity=similarity, same_tokens=same)
-    return item._asdict() | line
+    line = {"scores": scores, "right": scores[0] > scores[1] and not same}
+    line.update(tie=scores[0] == scores[1] and not same, same_tokens=same)
+    return item._asdict() | line | {"gap": gap, "similarity": similarity}
 
 
 def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -> list[dict]:
@@ -170,18 +178,16 @@ def accuracies(
     a row that show one image. It is right if all of them are, and ties if one does. A tie is wrong.
     Chance is 50 if an entry is one item."""
     lines = score_items(scorer, items, log, itm)
-    entries_of = defaultdict(list)
+    decisions = defaultdict(list)  # group -> one decision an entry
     for start in range(0, len(lines), per_entry):
         entry = lines[start : start + per_entry]
-        entries_of[entry[0]["group"]].append(entry)
+        decision = {"right": all(line["right"] for line in entry)}
+        decision["tie"] = any(line["tie"] for line in entry)
+        decision["same_tokens"] = any(line["same_tokens"] for line in entry)
+        decisions[entry[0]["group"]].append(decision)
     cells = defaultdict(Cell)  # a group whose file is absent has an empty cell
     for group, total in Counter(item.group for item in items).items():
-        cell = cells[group] = Cell(total=total // per_entry)
-        right = [all(line["right"] for line in entry) for entry in entries_of[group]]
-        cell.value, cell.scored = percent(right), len(right)
-        for entry in entries_of[group]:
-            cell.ties += any(map(is_tie, entry))
-            cell.same_tokens += any(line["same_tokens"] for line in entry)
+        cells[group] = cell_of(decisions[group], total // per_entry)
     if log.blind:
         add_blind_and_looking(scorer, items, lines, cells, itm, per_entry)
     return cells
@@ -205,10 +211,6 @@ def add_blind_and_looking(scorer, items: list[Item], lines, cells, itm: bool, pe
     for group, cell in cells.items():
         cell.blind = blind[group].value
         cell.looking = percent(looking[group])
-
-
-def is_tie(line: dict) -> bool:
-    return line["scores"][0] == line["scores"][1] and not line["same_tokens"]
 
 
 def with_other_images(items: list[Item], per_entry: int = 1) -> list[Item]:
@@ -282,7 +284,7 @@ def averages(benchmark: str, cells: dict[str, Cell]) -> dict[str, Cell]:
 ARO_DROPPED = set(Path(__file__).with_name("aro_dropped.txt").read_text().splitlines())
 
 
-def aro(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def aro(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2210.01936, Table 1. Means over pairs of attributes with 25 items or more, and over
     relations except for 157, such as symmetric ones, that ARO's notebook and the paper's authors
     leave out. An image is cropped to the box around its two objects; beyond its border all is
@@ -314,7 +316,7 @@ VALSE_FOLDERS = {  # by the start of an image's name; the first that fits
 }
 
 
-def valse(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def valse(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2112.07566, Table 1. Items whose caption at least 2 of 3 annotators found right. The
     paper averages over 11 files (72.5 for CE-CLIP), and for CE-CLIP+ over 9 columns (76.7)."""
     items = []
@@ -327,20 +329,18 @@ def valse(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]
     return averages("valse", accuracies(scorer, items, log, itm=True))
 
 
-def vlc(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def vlc(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2207.00221, Table 2. Of each file the first --vlc-rows rows (the authors: the first
     ones that have an image). Means over files, sources and types; then over the columns."""
-    groups = defaultdict(Cell)
+    groups, root = defaultdict(Cell), args.data_root
     for name in groups_of("vlc"):
-        path = args.data_root / f"vl_checklist/corpus/v1/{name}.yaml"
+        path = root / f"vl_checklist/corpus/v1/{name}.yaml"
         if not log.note_if_absent(path):
-            config = yaml.safe_load(path.read_text())
-            folder = args.data_root / config["IMG_ROOT"].strip("/")
-            items = []
-            for image, t in read_entries(
-                args.data_root / "vl_checklist" / config["ANNO_PATH"], log
-            ):
-                items.append(Item(name, ImagePart(folder / image), t["POS"][0], t["NEG"][0]))
+            config, items = yaml.safe_load(path.read_text()), []
+            folder = root / config["IMG_ROOT"].strip("/")
+            for image, texts in read_entries(root / "vl_checklist" / config["ANNO_PATH"], log):
+                pair = (texts["POS"][0], texts["NEG"][0])
+                items.append(Item(name, ImagePart(folder / image), *pair))
             groups |= accuracies(scorer, items[: args.vlc_rows or None], log)
     cells, kinds = averages("vlc", groups), {}
     for kind in ("Attribute", "Object", "Relation"):
@@ -348,7 +348,7 @@ def vlc(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
     return cells | kinds | {"Avg": mean(cells.values())}
 
 
-def sugarcrepe(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def sugarcrepe(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2306.14610, Table 3. 7,511 items; means over subsets (its authors: over items)."""
     items = []
     for subset in groups_of("sugarcrepe"):
@@ -358,7 +358,7 @@ def sugarcrepe(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, 
     return averages("sugarcrepe", accuracies(scorer, items, log))
 
 
-def sugarcrepe_pp(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def sugarcrepe_pp(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2406.11171, after the paper: SugarCrepe with a second true caption. A tie is wrong.
     ITT, the image-text task: the image is closer to both captions than to the negative; chance is
     33.3. TOT, the text-only task: the captions are closer to each other than to the negative."""
@@ -372,17 +372,16 @@ def sugarcrepe_pp(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[st
         cells[f"ITT {subset}"] = accuracies(scorer, items, log, per_entry=2)[subset]
         # The text-only task also needs the texts whose image is absent.
         scorer.encode((), (text for item in items for text in (item.positive, item.negative)))
-        cell, right = Cell(), []
+        lines = []
         for one, two in zip(items[::2], items[1::2]):
             a, b, n = (scorer.texts[text] for text in (one.positive, two.positive, one.negative))
             scores = [(a @ b).item(), max((a @ n).item(), (b @ n).item())]
-            right.append(scores[0] > scores[1])
-            cell.ties += scores[0] == scores[1]
             line = {"group": f"TOT {subset}", "image": None, "positive": one.positive}
-            line.update(second=two.positive, negative=one.negative, scores=scores, right=right[-1])
-            log.decisions.append(line)
-        cell.value, cell.scored, cell.total = percent(right), len(right), len(right)
-        cells[f"TOT {subset}"] = cell
+            line.update(second=two.positive, negative=one.negative, scores=scores)
+            line.update(right=scores[0] > scores[1], tie=scores[0] == scores[1], same_tokens=False)
+            lines.append(line)
+        log.decisions += lines
+        cells[f"TOT {subset}"] = cell_of(lines, len(lines))
     means = {}
     for name in ("ITT replace", "ITT swap", "TOT replace", "TOT swap"):
         means[name] = mean(cell for column, cell in cells.items() if column.startswith(name))
@@ -395,17 +394,16 @@ def columns_of(group: str) -> dict[str, str]:
     return {f"{name} {column}".strip(): column for name in ("", group) for column in columns}
 
 
-def two_images(scorer: Scorer, args, log: Log, benchmark: str) -> dict[str, Cell]:
+def two_images(scorer: Scorer, args: Namespace, log: Log, benchmark: str) -> dict[str, Cell]:
     """Winoground (arXiv 2204.03162) and sets of its kind, after the paper: two images, each with a
     caption. Text: each image is closer to its own caption. Image: each caption is closer to its own
     image. Group: both. GroupMatch (arXiv 2510.07632): the sum of the two own scores is higher than
     that of the other two. Chance: 25, 25, 16.7, 50. A tie is wrong. An entry may have a group."""
-    items, cells, right = [], defaultdict(Cell), defaultdict(list)
+    items, totals, decisions = [], Counter(), defaultdict(list)
     folder = args.data_root / benchmark
     for e in read_entries(folder / "examples.jsonl", log):
         group = "" if e.get("group") is None else str(e["group"])
-        for name in columns_of(group):
-            cells[name].total += 1
+        totals.update(columns_of(group).keys())
         paths = [folder / "images" / e[f"image_{n}"] for n in (0, 1)]
         images = [ImagePart(path if path.suffix else path.with_suffix(".png")) for path in paths]
         absent = [image for image in images if not files.is_there(*image)]
@@ -422,18 +420,16 @@ def two_images(scorer: Scorer, args, log: Log, benchmark: str) -> dict[str, Cell
         leads = {"Text": text, "Image": image, "Group": min(text, image), "GroupMatch": match}
         same = line_0["same_tokens"]
         for name, column in columns_of(line_0["group"]).items():
-            right[name].append(leads[column] > 0 and not same)
-            cells[name].ties += leads[column] == 0 and not same
-            cells[name].same_tokens += same
-    for column, cell in cells.items():
-        cell.value, cell.scored = percent(right[column]), len(right[column])
-    return cells
+            decision = {"right": leads[column] > 0 and not same, "same_tokens": same}
+            decision["tie"] = leads[column] == 0 and not same
+            decisions[name].append(decision)
+    return {name: cell_of(decisions[name], total) for name, total in totals.items()}
 
 
 WHATSUP = {"A": "controlled_images_dataset.json", "B": "controlled_clevr_dataset.json"}
 
 
-def whatsup(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def whatsup(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2310.19785, after the paper: of four captions that differ in the preposition, the first
     is right. Chance is 25; a tie is wrong."""
     cells = {}
@@ -454,7 +450,7 @@ def image_of(record: dict, folder: Path) -> ImagePart:
     return ImagePart(folder / str(record["image"]), box)
 
 
-def generated_negatives(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def generated_negatives(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """Each kind of a file that negatives.py wrote, and their mean. As in training, what has no
     caption is left out."""
     items, left_out, path = [], Counter(), args.pairs
@@ -477,7 +473,7 @@ def pre_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
 
 
-def retrieval(scorer: Scorer, args, log: Log, of_coco: bool = False) -> dict[str, Cell]:
+def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) -> dict[str, Cell]:
     """Recall in % at 1, 5, 10 (Table 5 prints R@5). I2T: of captions by an image, where any of its
     own counts; T2I: of the image by a caption. What ties with the right one is ranked before it.
     There is no value unless every image is there, because among fewer images it is easier."""
@@ -514,7 +510,7 @@ def retrieval(scorer: Scorer, args, log: Log, of_coco: bool = False) -> dict[str
 MEAN_PER_CLASS = ["caltech101", "fgvc_aircraft", "flowers", "pets"]
 
 
-def zero_shot(scorer: Scorer, args: argparse.Namespace, log: Log) -> dict[str, Cell]:
+def zero_shot(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """ELEVATER's sets that are there, as CLIP_benchmark calls them; their mean if all 19 are; and
     ImageNet. ELEVATER's twentieth, hateful-memes, is not in CLIP_benchmark."""
     cells = defaultdict(Cell)
@@ -551,13 +547,13 @@ def map_11_point(scores: Tensor, target: Tensor) -> float:
     mean over these eleven, and then over classes; 0 to 1. scores (N, C), target (N, C) bool."""
     from sklearn.metrics import precision_recall_curve
 
-    averages = []
+    means = []
     for class_scores, class_target in zip(scores.T, target.T):
         if class_target.any():
             precision, recall, _ = precision_recall_curve(class_target, class_scores)
             best = [precision[recall >= level / 10 - 1e-6].max() for level in range(11)]
-            averages.append(statistics.mean(best))
-    return statistics.mean(averages)
+            means.append(statistics.mean(best))
+    return statistics.mean(means)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -650,7 +646,7 @@ def markdown(rows: dict[str, dict], columns: Iterable[str]) -> str:
 
 
 # ---- Command line --------------------------------------------------------------------------------
-def checkpoints(args: argparse.Namespace) -> Iterator[tuple[str, Loaded]]:
+def checkpoints(args: Namespace) -> Iterator[tuple[str, Loaded]]:
     """(row, model). WiSE-FT (arXiv 2109.01903): weights (1 - alpha) * base + alpha * checkpoint."""
     if args.base:
         yield args.base, load_model(args.base, args.model)
@@ -669,7 +665,7 @@ def checkpoints(args: argparse.Namespace) -> Iterator[tuple[str, Loaded]]:
             yield f"{source}, WiSE {alpha:g}", base
 
 
-def describe(args: argparse.Namespace) -> None:
+def describe(args: Namespace) -> None:
     """--image: the texts in the order of their similarity to it, for each checkpoint."""
     for row, loaded in checkpoints(args):
         scorer, image = Scorer(loaded), ImagePart(args.image)
@@ -680,8 +676,8 @@ def describe(args: argparse.Namespace) -> None:
             print(f"  {cosine:.4f}  {text}")
 
 
-def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parse_args() -> Namespace:
+    p = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     add = p.add_argument
     add("--ckpt", nargs="+", required=True, help="files, MODEL/TAG of open_clip, or tags (openai)")
     add("--model", default=DEFAULT_MODEL, help="model of tags and third-party files [Sec. 4.1]")

@@ -218,7 +218,8 @@ def test_sugarcrepe_pp_by_hand(tmp_path):
     assert {"a2", "n2"} < asked  # although the image is absent
     assert len(log.decisions) == 2 * (3 + 4 * 2) + (5 + 4 * 2)
     last = {"group": "TOT swap_att", "image": None, "positive": "a", "second": "b", "negative": "b"}
-    assert log.decisions[-1] == last | {"scores": pytest.approx([0.9, 0.9]), "right": False}
+    last |= {"scores": pytest.approx([0.9, 0.9]), "right": False, "tie": True}
+    assert log.decisions[-1] == last | {"same_tokens": False}
     assert cells["TOT replace_obj"] == Cell(40, 5, 5, 1)
     assert cells["ITT replace_obj"] == Cell(pytest.approx(100 / 3), 3, 5, same_tokens=1)
     assert cells["TOT replace"].value == pytest.approx((40 + 50 + 50) / 3)
@@ -518,7 +519,7 @@ def test_command_on_every_benchmark(score, monkeypatch):
     assert list(lines[0].values())[:4] == ["aro", ONE, "on", image]
     assert (
         list(lines[0])[3:]
-        == "image positive negative scores right gap similarity same_tokens".split()
+        == "image positive negative scores right tie same_tokens gap similarity".split()
     )
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     assert set(before) == {"results.md", "results.json", "items.jsonl"}
