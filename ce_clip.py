@@ -470,10 +470,7 @@ NOT_COMPARED += ["grad_checkpointing", "resume", "save_every", "log_every"]
 
 def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, device: torch.device):
     """(Loaded, optimizer, threshold, steps done) at the start of a run, or where it was left."""
-    out = Path(args.out)
-    state = files.newest_state(out, settings) if args.resume else None
-    if state is None and any(out.glob("*.pt")):
-        raise BadInput(f"{out} holds checkpoints: --resume a run of ours, or give another --out")
+    state = files.newest_state(Path(args.out), settings, args.resume)
     torch.manual_seed(args.seed)
     if args.pretrained == "none":
         loaded = build_model(args.model)
@@ -499,12 +496,7 @@ def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, devi
         optimizer.load_state_dict(state["optimizer"])
         threshold, steps_done, log_size = state["threshold"], state["step"], state["log"]
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(settings, indent=1))
-        log = out / "log.jsonl"
-        log.touch()
-        if log.stat().st_size > log_size:  # lines that were written after the saved state
-            os.truncate(log, log_size)
+        files.begin_run(Path(args.out), settings, log_size)
     return loaded, optimizer, threshold.to(device), steps_done
 
 

@@ -193,7 +193,9 @@ def accuracies(
     return cells
 
 
-def add_blind_and_looking(scorer, items: list[Item], lines, cells, itm: bool, per_entry) -> None:
+def add_blind_and_looking(
+    scorer: Scorer, items: list[Item], lines: list[dict], cells: dict, itm: bool, per_entry: int
+) -> None:
     """Two controls that are not the paper's. Blind is the accuracy with another entry's image: what
     a model gets right with a wrong image, it knows from the texts alone. Looking is the percentage
     of items whose positive leads the negative by more with their own image than with a like image;

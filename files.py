@@ -715,11 +715,12 @@ def save_checkpoint(path: Path, loaded, **state) -> None:
         torch.save(content | state, new)
 
 
-def newest_state(folder: Path, settings: dict) -> dict | None:
-    """A run's checkpoint of the most steps. One that is damaged is passed over, and this is said.
-    Raises BadInput if the run was begun with other settings."""
+def newest_state(folder: Path, settings: dict, resume: bool) -> dict | None:
+    """A run's checkpoint of the most steps, to resume from, or None. One that is damaged is passed
+    over, and this is said. Raises BadInput if the run was begun with other settings, or if there
+    are checkpoints that a new run would overwrite."""
     newest = None
-    for path in folder.glob("*.pt"):
+    for path in folder.glob("*.pt") if resume else []:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if "settings" in state and (newest is None or state["step"] > newest["step"]):
@@ -731,4 +732,17 @@ def newest_state(folder: Path, settings: dict) -> dict | None:
         differ = [f"{key} {begun.get(key)}" for key in settings if begun.get(key) != settings[key]]
         if differ:
             raise BadInput(f"{folder} was begun with {', '.join(differ)}: resume with the same")
+    elif any(folder.glob("*.pt")):
+        raise BadInput(f"{folder} holds checkpoints: --resume a run of ours, or give another --out")
     return newest
+
+
+def begin_run(folder: Path, settings: dict, log_size: int) -> None:
+    """Make a run's folder, with its settings and its log, or open it again to resume the run. The
+    log keeps its first `log_size` bytes: what follows was written after the saved state."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    log = folder / "log.jsonl"
+    log.touch()
+    if log.stat().st_size > log_size:
+        os.truncate(log, log_size)

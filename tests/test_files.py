@@ -624,9 +624,9 @@ def test_the_newest_whole_state_of_a_run(tmp_path, capsys):
     save_code(tmp_path / "code.pt", tmp_path / "mark")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:300])
     (tmp_path / "empty.pt").touch()
-    assert files.newest_state(tmp_path, {"lr": 1})["step"] == 5
+    assert files.newest_state(tmp_path, {"lr": 1}, True)["step"] == 5
     torch.save({"step": 6, "settings": {"lr": 1}}, tmp_path / "epoch_1.pt")
-    assert files.newest_state(tmp_path, {"lr": 1})["step"] == 6
+    assert files.newest_state(tmp_path, {"lr": 1}, True)["step"] == 6
     assert not (tmp_path / "mark").exists()
     lines = capsys.readouterr().err.splitlines()
     damaged = {line.split(" is damaged, passed over: ")[0] for line in lines}
