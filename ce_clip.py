@@ -41,7 +41,8 @@ from negatives import KINDS, PAPER_KINDS
 
 def similarities(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inputs of the losses, from unit features of the images (B, D), of each caption with its K
-    negatives behind it (B, 1 + K, D), and scale () = exp(logit_scale), the paper's 1 / tau.
+    negatives after it (B, 1 + K, D; 0 where one is missing), and scale () = exp(logit_scale), the
+    paper's 1 / tau.
 
     sim       (B, B)     S(I_i, T_j), images by captions
     sim_neg   (B, B, K)  S(I_i, T_jk), images by negatives
@@ -61,16 +62,17 @@ def own_pairs(sim: Tensor, sim_neg: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check(where: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Each keyword is the name of an input: its tensor, and the shape that it must have."""
+    """Raise ValueError if an input has another shape than expected. Each keyword is the name of an
+    input, with its tensor and the shape that it must have."""
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-# ---- Losses (Sec. 3.2). Tensors in, scalar out: no args object, no files, no torch.distributed. --
+# ---- Losses and threshold (Sec. 3.2): functions of tensors alone ---------------------------------
 #
-# Where the paper sums over the batch we take the mean over B, so that the learning rate and the
-# weights alpha and beta mean the same at every batch size (the authors' code does so, too).
+# Where the paper sums over the batch we take the mean over B (the authors' code does so, too). This
+# scales all terms alike: alpha and beta keep their meaning, and the loss does not grow with B.
 # `valid` is True where a negative exists; a missing one counts in no loss and in no threshold.
 
 
@@ -130,7 +132,7 @@ def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
     B, K = text_neg.shape
     check("imc_loss", pos=(pos, (B,)), valid=(valid, (B, K)))
     log_sum = text_neg.masked_fill(~valid, -torch.inf).logsumexp(1)  # (B,), -inf without negatives
-    # those rows become 0, and so does their gradient: masked_fill passes none back
+    # those rows become 0; their gradient is nan in logsumexp, and masked_fill sets it to 0
     return torch.where(valid.any(1), log_sum - pos, 0).sum() / B
 
 
@@ -141,8 +143,8 @@ def cmr_loss(pos: Tensor, neg: Tensor, threshold: Tensor | float, valid: Tensor)
 
     pos        (B,)    S(I_i, T_i)
     neg        (B, K)  S(I_i, T_ik), images by their own negatives
-    threshold  (K,)    Th_k: a constant (Eq. 4; a plain number does), or adaptive_threshold of the
-                       previous step (Eq. 6); no gradient flows into it
+    threshold  (K,)    Th_k: a constant (Eq. 4), which may also be a number, or what the previous
+                       step's adaptive_threshold returned (Eq. 6); no gradient flows into it
     valid      (B, K)  bool, True = exists
     returns    ()      0 when nothing is valid. Raises ValueError on a shape mismatch.
     paper: sum over the batch / authors' code: also divides by K, and missing negatives count as 0
@@ -168,6 +170,8 @@ def adaptive_threshold(
 
         Th_k = min( u, mean over i where k exists of S(I_i,T_i) - S(I_i,T_ik) )
 
+    The lead of a caption over its negative is the difference of their similarities to the image.
+
     pos          (B,)    S(I_i, T_i)
     neg          (B, K)  S(I_i, T_ik)
     valid        (B, K)  bool, True = exists
@@ -175,9 +179,10 @@ def adaptive_threshold(
     previous     (K,)    what a kind absent from the whole batch keeps; zeros by default
     returns      (K,)    without gradient; may be negative. Raises ValueError on a shape mismatch.
     Why it adapts: a curriculum (Sec. 3.2, 4.3). At first the lead is small, so little is asked.
-    Why u: a swap of nouns is often a wrong sentence, which is known without the image. Its lead and
-    with it the threshold of relation would grow without limit.
-    Below 0 the negatives lead in the mean, and only pairs that are further behind add to the loss.
+    Why u: a swap of nouns is often a wrong sentence, which is known without the image. The lead of
+    such captions, and with it the threshold of relation, would grow without limit.
+    A threshold below 0 means that the negatives lead in the mean. Then only pairs whose caption is
+    further behind than the mean add to the loss.
     paper: only an upper bound / authors' code: also clamps at 0, averages the two terms over
     different captions, restarts at 0 every epoch, and is nan for an absent kind / we: Eq. (5), (7).
     """
@@ -203,7 +208,7 @@ def ce_clip_loss(
     sim        (B, B)     S(I_i, T_j)
     sim_neg    (B, B, K)  S(I_i, T_jk); K = 0 leaves Eq. (1)
     text_neg   (B, K)     S(T_i, T_ik)
-    threshold  (K,)       Th_k of the previous step
+    threshold  (K,)       Th_k, which adaptive_threshold made in the previous step
     valid      (B, K)     bool, True = exists
     alpha, beta           the paper's search found 0.2 and 0.4 (Sec. 4.1)
     returns    the loss (), and {"itc", "imc", "cmr"}: its terms, unweighted
@@ -217,28 +222,29 @@ def ce_clip_loss(
     return terms["itc"] + alpha * terms["imc"] + beta * terms["cmr"], terms
 
 
-def imc_loss_released(text_neg: Tensor, valid: Tensor) -> Tensor:
+def imc_loss_released(all_text_neg: Tensor, valid: Tensor) -> Tensor:
     """Not the paper's: what the authors' released get_imc_loss computes in place of Eq. (3).
 
         L = 1/B * sum_i - log e^S(T_i,T_n) / sum_jk e^S(T_i,T_jk)
 
-    text_neg  (B, B, K)  S(T_i, T_jk), every caption against every negative of the batch
-    valid     (B, K)     bool, True = exists; in the authors' code missing ones count, as "###"
-    returns   ()         0 when nothing is valid. Raises ValueError on a shape mismatch.
+    all_text_neg  (B, B, K)  S(T_i, T_jk), every caption against every negative of the batch
+    valid         (B, K)     bool, True = exists; in the authors' code missing ones count, as "###"
+    returns       ()         0 when nothing is valid. Raises ValueError on a shape mismatch.
     T_n is the first negative of the batch: every caption is pulled towards that one. The released
     code has no image-text term, which Eq. (3) has in the numerator.
     """
     B, K = valid.shape
-    check("imc_loss_released", text_neg=(text_neg, (B, B, K)), valid=(valid, (B, K)))
+    check("imc_loss_released", all_text_neg=(all_text_neg, (B, B, K)), valid=(valid, (B, K)))
     if not valid.any():
-        return text_neg.sum() * 0  # 0, but with a graph, so that backward() works
-    first = valid.flatten().nonzero()[0]  # (1,), the number of T_n among the B*K negatives
-    texts = text_neg.masked_fill(~valid, -torch.inf).flatten(1)  # (B, B*K)
+        return all_text_neg.sum() * 0  # 0, but with a graph, so that backward() works
+    first = valid.flatten().nonzero()[0]  # (1,), the index of T_n among the B*K negatives
+    texts = all_text_neg.masked_fill(~valid, -torch.inf).flatten(1)  # (B, B*K)
     return F.cross_entropy(texts, first.expand(B))
 
 
 def looking_loss(image: Tensor, text: Tensor, scale: Tensor, valid: Tensor) -> Tensor:
-    """Ours, not the paper's: in which image does a caption lead its negative most? In its own.
+    """Ours, not the paper's: a caption should lead its negative by more in its own image than in
+    the other images of the batch.
 
         L = 1/B * sum_i sum_k - w_ik * log e^S(I_i,d_ik) / sum_j e^S(I_j,d_ik)
         d_ik = (T_i - T_ik) / |T_i - T_ik|
@@ -251,8 +257,9 @@ def looking_loss(image: Tensor, text: Tensor, scale: Tensor, valid: Tensor) -> T
     returns  ()             0 for B = 1, or when nothing is valid. ValueError on a shape mismatch.
     It is the text-to-image half of Eq. (1) with the direction from a negative to its caption in
     place of the caption. A lead that the text alone gives is the same in all images, and counts for
-    nothing. But a text tower that says less about what it takes for a negative lowers L, too: so it
-    teaches to look only if text does not tell negatives from captions (docs/evidence.md).
+    nothing. But L also falls if the text tower gives the texts that it takes for negatives features
+    with less content. So the loss teaches a model to look at the image only if the text does not
+    tell negatives from captions (docs/evidence.md).
     A pair counts as far as its caption leads, up to one logit, because d_ik is noise where the two
     texts have almost the same features. The loss stands beside Eq. (2), which makes captions lead.
     """
@@ -274,8 +281,9 @@ def looking_loss(image: Tensor, text: Tensor, scale: Tensor, valid: Tensor) -> T
 class Encoder(nn.Module):
     """What DistributedDataParallel wraps: one forward for the images and all texts that exist.
 
-    With `micro_batch` only so many pairs at a time keep what the backward pass needs; it computes
-    each part again (gradient caching). The gradient is the same, the memory is less.
+    With `micro_batch` only the activations of so many pairs are kept; the backward pass computes
+    each part again (activation checkpointing). The gradient is that of the whole batch, except for
+    batch norm and for the pairs that X-VLM's matching loss draws.
     """
 
     def __init__(self, model: nn.Module, bf16: bool = False, micro_batch: int = 0):
@@ -286,7 +294,8 @@ class Encoder(nn.Module):
         """images   (b, 3, H, W)
         tokens   (b, 1 + K, L), and valid (b, K): on the CPU, to be indexed without a device sync
         returns  unit features of the images (b, D) and of the texts (b, 1 + K, D), 0 where a
-                 negative is missing; exp(logit_scale) (); an X-VLM's matching loss (1,), else 0
+                 negative is missing; exp(logit_scale) (); an X-VLM's image-text matching
+                 loss (ITM) (1,), else 0
         """
         if self.micro_batch:
             parts = []
@@ -315,7 +324,7 @@ class Encoder(nn.Module):
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit text features (N, D) of tokens (N, L), which are best on the CPU.
+    """Unit text features (N, D) of tokens (N, L). The tokens are best on the CPU.
 
     They are those of model.encode_text(tokens, normalize=True), in less time. CLIP attends causally
     and pools at the end-of-text token, whose number is the highest, so what follows it changes
@@ -394,7 +403,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # parameters without a gradient would stop it: those of CoCa's decoder, SigLIP's bias
         unused = type(model) is not open_clip.CLIP or model.logit_bias is not None
         encoder = DistributedDataParallel(encoder, find_unused_parameters=unused)
-    # There is no loop over epochs: their batches are one stream, and a resumed run skips `start`
+    # There is no loop over epochs: they are one stream, and a resumed run skips `start` batches
     keys = batch_keys(len(records), args.batch_size, args.epochs, args.seed)
     batches = DataLoader(
         Pairs(records, loaded, args.seed),
@@ -402,7 +411,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    set_lr = cosine_lr(optimizer, args.lr, args.warmup, total)  # after --warmup [authors' code]
+    # linear warm-up, then a cosine to 0 [authors' code]
+    set_lr = cosine_lr(optimizer, args.lr, args.warmup, total)
     same = 0  # negatives with their caption's tokens, since the last line of the log
     bar = tqdm(batches, str(out), total, initial=start, unit="step", disable=rank() > 0)
     for step, (images, tokens, valid) in enumerate(bar, start + 1):
@@ -414,8 +424,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         sim, sim_neg, text_neg = similarities(image, text, scale)
         loss, terms = ce_clip_loss(sim, sim_neg, text_neg, threshold, valid, alpha, beta)  # Eq. 8
         if "imc_released" in losses:  # in place of Eq. 3: "imc" is not in losses, so alpha is 0
-            all_neg = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])  # (B, B, K)
-            terms["imc"] = imc_loss_released(all_neg, valid)
+            all_text_neg = scale * torch.einsum("id,jkd->ijk", text[:, 0], text[:, 1:])
+            terms["imc"] = imc_loss_released(all_text_neg, valid)
             loss = loss + args.alpha * terms["imc"]
         if "look" in losses:
             terms["look"] = looking_loss(image, text, scale, valid)
@@ -463,13 +473,15 @@ def write_log(path: Path, line: dict) -> None:
             log.write(json.dumps(line) + "\n")
 
 
-# Not compared on resuming: what changes no result, and paths (digests stand for the captions).
+# Not compared on resuming: what hardly changes a result, and paths of data and runs. (The captions
+# are compared, by digests of their files.)
 NOT_COMPARED = ["data", "data_root", "images", "out", "workers", "micro_batch"]
 NOT_COMPARED += ["grad_checkpointing", "resume", "save_every", "log_every"]
 
 
 def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, device: torch.device):
-    """(Loaded, optimizer, threshold, steps done) at the start of a run, or where it was left."""
+    """(Loaded, optimizer, threshold, steps done) of a new run, or with --resume of its newest saved
+    state. The first process also makes the run's folder, or cuts its log to that state."""
     state = files.newest_state(Path(args.out), settings, args.resume)
     torch.manual_seed(args.seed)
     if args.pretrained == "none":
@@ -488,7 +500,7 @@ def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, devi
     # has one axis or none. "*bias*" is for X-VLM's tables of position biases, which have two.
     groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=["*bias*"])
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    # Eq. 5 speaks of step t - 1, and before the first step there is none: Th^0 = 0 [authors' code]
+    # Th^t is made from step t - 1 (Eq. 5), and the first step has none: Th^1 = 0 [authors' code]
     threshold = torch.full((len(kinds),), args.threshold or 0.0)  # a fixed one, or 0
     steps_done, log_size = 0, 0
     if state:
@@ -501,7 +513,8 @@ def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, devi
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for torch. Python's hash of integers, unlike that of texts, never changes."""
+    """A seed for torch. Python's hash of integers is the same in every process, that of texts is
+    not."""
     return hash(numbers) % 2**63
 
 
@@ -555,8 +568,9 @@ class Pairs(Dataset):
 
 
 def same_tokens(tokens: Tensor) -> Tensor:
-    """Whether a negative has its caption's tokens, because what it changes lies behind the last one
-    that the model reads, or is unknown to it. tokens (..., 1 + K, L) -> (..., K)."""
+    """Whether a negative has the same tokens as its caption. It has if the two differ only behind
+    the last token that the model reads, or only in words that its tokenizer does not know.
+    tokens (..., 1 + K, L) -> (..., K)."""
     return (tokens[..., 1:, :] == tokens[..., :1, :]).all(-1)
 
 
@@ -576,7 +590,8 @@ def batch_keys(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list
 
 DEFAULT_MODEL = "ViT-B-32-quickgelu"  # [Sec. 4.1]
 
-# A model, and what a checkpoint must say of it. The config knows its activation, QuickGELU or GELU.
+# A model with its name, its config (which knows its activation, QuickGELU or GELU), the transforms
+# of its images in training and in evaluation, and its tokenizer.
 Loaded = namedtuple("Loaded", "model name config train_transform eval_transform tokenizer")
 
 
@@ -626,8 +641,8 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
                 begins with hf-hub: or local-dir: brings open_clip's weights along
     tag         of open_clip's weights. Those of OpenAI and some others need QuickGELU, about which
                 open_clip 3 only warns: they get the model whose name ends in -quickgelu
-    config      what `name` means, and
-    preprocess  open_clip's image_mean, image_std ...: both from a checkpoint of ours
+    config      the model config of that name, if a checkpoint has brought it
+    preprocess  open_clip's image_mean, image_std ..., if a checkpoint has brought them
     """
     if name.endswith(".json"):
         with one_line_errors(f"{name} is not a model config"):
@@ -676,7 +691,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL, help="open_clip's name, xvlm, or a .json [Sec. 4.1]")
     add("--pretrained", default="openai", help="tag, file, folder, hf-hub:..., or none [Sec. 4.1]")
     add("--lock-image", action="store_true", help="train the text tower (and a timm tower's head)")
-    add("--losses", choices=LOSSES, default=LOSSES[0], help="[Eq. 8, Table 4]")
+    add("--losses", choices=LOSSES, default=LOSSES[0], help="hn: Eq. 2, not Eq. 1 [Eq. 8, Table 4]")
     add("--kinds", nargs="+", choices=KINDS, default=PAPER_KINDS, help="[Fig. 4; Sec. 4.4]")
     add("--alpha", type=at_least(0.0), default=0.2, help="weight of IMC, Eq. 8 [Sec. 4.1]")
     add("--beta", type=at_least(0.0), default=0.4, help="weight of CMR, Eq. 8 [Sec. 4.1]")

@@ -3,9 +3,10 @@
     python eval_bench.py --ckpt runs/coco/epoch_5.pt --base openai --out results
     python eval_bench.py --ckpt runs/coco/epoch_5.pt --image photo.jpg --texts "a dog" "a cat"
 
-A benchmark is a list of items: is the image closer to the true caption than to the false one? Its
-function reads files below --data-root, scores the items whose image is there, and averages as the
-paper does. A checkpoint encodes each image and text once for all, except in zero_shot and match.
+Most benchmarks are lists of items: is the image closer to the true caption than to the false one?
+The function of a benchmark reads files below --data-root, scores the items whose image is there,
+and averages as the paper does. A checkpoint encodes each image and text once for all benchmarks.
+There are two exceptions: zero_shot encodes its own, and an X-VLM matches images and texts anew.
 """
 
 import csv
@@ -30,20 +31,20 @@ import files
 from ce_clip import DEFAULT_MODEL, Loaded, encode_text, load_model
 from files import BadInput, ImagePart, at_least, one_line_errors
 
-# An item: an ImagePart, its true and its false caption; an average is taken over those of a group
-# (a subset, a relation, a kind).
+# An item: an ImagePart, its true and its false caption. A group (a subset, a relation, a kind) has
+# one accuracy. An entry, of which a benchmark counts how many are right, is one item or several.
 Item = namedtuple("Item", "group image positive negative")
 
 
 @dataclass
-class Cell:  # a number of a table, in %
+class Cell:  # a number of a table, in %: of a group, or of a column, which averages groups
     value: float | None = None  # None: there is nothing to show
-    scored: int = 0  # how many items it comes from
+    scored: int = 0  # how many entries it comes from
     total: int = 0  # how many there are; the images of the others are missing
     ties: int = 0
     blind: float | None = None  # with --blind: see add_blind_and_looking
     looking: float | None = None
-    same_tokens: int = 0  # items whose texts differ behind the last token that the model reads
+    same_tokens: int = 0  # how many have two texts with the same tokens, so that none can win
 
     def __str__(self) -> str:
         without_value = "partial" if self.scored else ""  # partial: an average that lacks items
@@ -136,8 +137,9 @@ def load_images(batch: list[ImagePart], transform) -> tuple[list[ImagePart], Ten
 
 
 def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
-    """A line of items.jsonl. A score is the cosine of text and image, plus how well they `match`,
-    if known (as in ARO). For Fig. 8: the gap of the two cosines, the similarity of the texts."""
+    """A line of items.jsonl. A score is the cosine of text and image. If the logit that they match
+    is known (an X-VLM's), it is added, as in ARO's code. `gap`, the difference of the two cosines,
+    and `similarity`, the cosine of the two texts, are for Fig. 8."""
     image = scorer.images[item.image]
     positive, negative = scorer.texts[item.positive], scorer.texts[item.negative]
     # One by one: equal captions must have equal scores to the bit, because a tie is wrong.
@@ -153,7 +155,9 @@ def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
 
 
 def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -> list[dict]:
-    """A line for each item whose image is there, also for the log; with `itm` an X-VLM matches."""
+    """A line of items.jsonl for each item whose image is there. They are added to log.decisions,
+    and absent images to log.absent_images. With `itm`, image-text matching, an X-VLM's logit that
+    an image and a text match is part of their score."""
     texts_of = defaultdict(dict)  # image -> its texts as keys: each once, and in order
     for item in items:
         if not isinstance(item.positive, str) or not isinstance(item.negative, str):
@@ -163,7 +167,7 @@ def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) 
         else:
             log.absent_images.append(item.image)
     matches = {}
-    if itm and hasattr(scorer.model, "match_all"):
+    if itm and hasattr(scorer.model, "match"):  # an X-VLM
         matches = scorer.model.match_all(scorer, texts_of)
     scorer.encode(texts_of, (text for texts in texts_of.values() for text in texts))
     lines = [score_item(scorer, item, matches) for item in items if item.image in scorer.images]
@@ -174,9 +178,9 @@ def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) 
 def accuracies(
     scorer: Scorer, items: list[Item], log: Log, itm: bool = False, per_entry: int = 1
 ) -> dict[str, Cell]:
-    """{group: accuracy in %} of the entries whose image is there. An entry is `per_entry` items in
-    a row that show one image. It is right if all of them are, and ties if one does. A tie is wrong.
-    Chance is 50 if an entry is one item."""
+    """{group: accuracy in %} of the entries whose image is there. An entry is `per_entry` items
+    that follow one another and show one image. It is right if all its items are right. A tie is
+    wrong. If an entry is one item, chance is 50."""
     lines = score_items(scorer, items, log, itm)
     decisions = defaultdict(list)  # group -> one decision an entry
     for start in range(0, len(lines), per_entry):
@@ -196,15 +200,17 @@ def accuracies(
 def add_blind_and_looking(
     scorer: Scorer, items: list[Item], lines: list[dict], cells: dict, itm: bool, per_entry: int
 ) -> None:
-    """Two controls that are not the paper's. Blind is the accuracy with another entry's image: what
-    a model gets right with a wrong image, it knows from the texts alone. Looking is the percentage
-    of items whose positive leads the negative by more with their own image than with a like image;
-    a tie counts half, so ignoring the image gives 50."""
+    """Add to the cells and lines two controls that are not the paper's. Blind is the accuracy with
+    another entry's image: what a model gets right with a wrong image, it knows from the texts.
+    Looking is the percentage of items whose positive leads the negative (has a higher score) by
+    more with their own image than with a like one (with_like_images). A tie counts half, so
+    ignoring the image gives 50."""
     scored = [item for item in items if item.image in scorer.images]
-    others, with_others, looking = with_other_images(scored, per_entry), Log(), defaultdict(list)
-    blind = accuracies(scorer, others, with_others, itm, per_entry)
-    for line, other in zip(lines, with_others.decisions):
+    blind_log = Log()
+    blind = accuracies(scorer, with_other_images(scored, per_entry), blind_log, itm, per_entry)
+    for line, other in zip(lines, blind_log.decisions):
         line["blind"], line["other_scores"] = other["right"], other["scores"]
+    looking = defaultdict(list)
     for line, like in zip(lines, score_items(scorer, with_like_images(scorer, scored), Log(), itm)):
         own_lead = line["scores"][0] - line["scores"][1]
         like_lead = like["scores"][0] - like["scores"][1]
@@ -216,8 +222,9 @@ def add_blind_and_looking(
 
 
 def with_other_images(items: list[Item], per_entry: int = 1) -> list[Item]:
-    """Each entry with the image of another entry that has another path. It is a derangement: each
-    entry's image is used once. There are none if more than half of the entries show one path."""
+    """The items with their images exchanged: each entry gets the image of another entry, which has
+    another path, and each image is used once (a derangement). An empty list if more than half of
+    the entries show one path."""
     own = [item.image for item in items[::per_entry]]
     counts = Counter(image.path for image in own)
     if 2 * max(counts.values(), default=0) > len(own):
@@ -234,10 +241,11 @@ def with_other_images(items: list[Item], per_entry: int = 1) -> list[Item]:
 
 
 def with_like_images(scorer: Scorer, items: list[Item]) -> list[Item]:
-    """Each item with a like image. Among the images with another path, it is the one whose cosine
-    with the sum of both texts is closest to the own image's. There are no items if all have one
-    path. Any other image would not do: a model that says less about what it takes for a negative
-    has a small lead with an image that shows nothing of it."""
+    """The items, each with a like image in place of its own. Among the images with another path,
+    this is the one whose similarity to the sum of both texts is closest to the own image's. An
+    empty list if all have one path. A random image would not do: if a model gives what it takes for
+    a negative weaker features, the caption's lead is small with any image that shows nothing of the
+    sentence, and the model would seem to look."""
     images = list(dict.fromkeys(item.image for item in items))
     paths = [image.path for image in images]
     if len(set(paths)) < 2:
@@ -261,7 +269,7 @@ def read_entries(path: Path, log: Log) -> list:
     return files.read_json_list(path)
 
 
-def own_table(name: str, benchmark: str) -> list[dict]:
+def csv_lines(name: str, benchmark: str) -> list[dict]:
     """The lines about a benchmark of paper.csv or columns.csv."""
     with Path(__file__).with_name(name).open(newline="") as file:
         return [line for line in csv.DictReader(file) if line["benchmark"] == benchmark]
@@ -269,15 +277,15 @@ def own_table(name: str, benchmark: str) -> list[dict]:
 
 def groups_of(benchmark: str) -> list[str]:
     """All groups that columns.csv names for a benchmark, each once."""
-    lines = own_table("columns.csv", benchmark)
+    lines = csv_lines("columns.csv", benchmark)
     return list(dict.fromkeys(group for line in lines for group in line["groups"].split()))
 
 
 def averages(benchmark: str, cells: dict[str, Cell]) -> dict[str, Cell]:
-    """{column: cell} after columns.csv, from the cells of the groups: a line of the file is the
+    """{column: cell}, as columns.csv says, from the cells of the groups: a line of that file is the
     mean of its groups, and a column is the mean of its lines."""
     means = defaultdict(list)
-    for line in own_table("columns.csv", benchmark):
+    for line in csv_lines("columns.csv", benchmark):
         means[line["column"]].append(mean(cells[group] for group in line["groups"].split()))
     return {column: mean(of_lines) for column, of_lines in means.items()}
 
@@ -289,8 +297,8 @@ ARO_DROPPED = set(Path(__file__).with_name("aro_dropped.txt").read_text().splitl
 def aro(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2210.01936, Table 1. Means over pairs of attributes with 25 items or more, and over
     relations except for 157, such as symmetric ones, that ARO's notebook and the paper's authors
-    leave out. An image is cropped to the box around its two objects; beyond its border all is
-    black."""
+    leave out. An image is cropped to the box around its two objects. Where the box reaches beyond
+    the image, the crop is black."""
     cells, root = {}, args.data_root
     for task in ("relation", "attribution"):
         items = []
@@ -301,8 +309,9 @@ def aro(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
             image = ImagePart(root / "aro/images" / e["image_path"], box, black=True)
             items.append(Item(group, image, e["true_caption"], e["false_caption"]))
         groups = accuracies(scorer, items, log, itm=True)
-        counted = [cell for name, cell in groups.items() if name not in ARO_DROPPED]
-        if task == "attribution":
+        if task == "relation":
+            counted = [cell for name, cell in groups.items() if name not in ARO_DROPPED]
+        else:
             counted = [cell for cell in groups.values() if cell.total >= 25]
         cells[task.title()] = mean(counted)
     return cells
@@ -333,7 +342,8 @@ def valse(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
 
 def vlc(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """arXiv 2207.00221, Table 2. Of each file the first --vlc-rows rows (the authors: the first
-    ones that have an image). Means over files, sources and types; then over the columns."""
+    ones that have an image). Means over the files of a source, such as SWiG; over the sources of
+    the types of a column, such as the sizes of objects; and over the columns."""
     groups, root = defaultdict(Cell), args.data_root
     for name in groups_of("vlc"):
         path = root / f"vl_checklist/corpus/v1/{name}.yaml"
@@ -361,7 +371,7 @@ def sugarcrepe(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
 
 
 def sugarcrepe_pp(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2406.11171, after the paper: SugarCrepe with a second true caption. A tie is wrong.
+    """arXiv 2406.11171, not in the paper: SugarCrepe with a second true caption. A tie is wrong.
     ITT, the image-text task: the image is closer to both captions than to the negative; chance is
     33.3. TOT, the text-only task: the captions are closer to each other than to the negative."""
     cells = {}
@@ -391,13 +401,13 @@ def sugarcrepe_pp(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
 
 
 def columns_of(group: str) -> dict[str, str]:
-    """{title: column} in which an entry of the group counts: those of all, and of its group."""
+    """{title: column}: the columns over all entries, and the same ones over the entry's group."""
     columns = ("Text", "Image", "Group", "GroupMatch")
     return {f"{name} {column}".strip(): column for name in ("", group) for column in columns}
 
 
 def two_images(scorer: Scorer, args: Namespace, log: Log, benchmark: str) -> dict[str, Cell]:
-    """Winoground (arXiv 2204.03162) and sets of its kind, after the paper: two images, each with a
+    """Winoground (arXiv 2204.03162) and sets of its kind, not in the paper: two images, each with a
     caption. Text: each image is closer to its own caption. Image: each caption is closer to its own
     image. Group: both. GroupMatch (arXiv 2510.07632): the sum of the two own scores is higher than
     that of the other two. Chance: 25, 25, 16.7, 50. A tie is wrong. An entry may have a group."""
@@ -432,7 +442,7 @@ WHATSUP = {"A": "controlled_images_dataset.json", "B": "controlled_clevr_dataset
 
 
 def whatsup(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2310.19785, after the paper: of four captions that differ in the preposition, the first
+    """arXiv 2310.19785, not in the paper: of four captions with different prepositions, the first
     is right. Chance is 25; a tie is wrong."""
     cells = {}
     for name, file in WHATSUP.items():
@@ -545,8 +555,9 @@ def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
 
 
 def map_11_point(scores: Tensor, target: Tensor) -> float:
-    """The best precision at a recall of at least 0, .1, ... 1 (at 0 it is 1, as in ELEVATER), its
-    mean over these eleven, and then over classes; 0 to 1. scores (N, C), target (N, C) bool."""
+    """The 11-point mean average precision, from 0 to 1: for each recall 0, 0.1, ... 1 the best
+    precision at that recall or a higher one (at 0 it is 1, as in ELEVATER); the mean over these
+    eleven, and then over the classes. scores (N, C), target (N, C) bool."""
     from sklearn.metrics import precision_recall_curve
 
     means = []
@@ -597,7 +608,7 @@ def table_5(results: dict[str, dict]) -> dict[str, dict[str, Cell]]:
 def paper_rows(benchmark: str) -> dict[str, dict[str, Cell]]:
     """What the paper prints: {row: {column: cell}}."""
     rows = defaultdict(dict)
-    for line in own_table("paper.csv", benchmark):
+    for line in csv_lines("paper.csv", benchmark):
         rows[f"{line['row']} (paper)"][line["column"]] = Cell(float(line["value"]))
     return rows
 
@@ -649,22 +660,23 @@ def markdown(rows: dict[str, dict], columns: Iterable[str]) -> str:
 
 # ---- Command line --------------------------------------------------------------------------------
 def checkpoints(args: Namespace) -> Iterator[tuple[str, Loaded]]:
-    """(row, model). WiSE-FT (arXiv 2109.01903): weights (1 - alpha) * base + alpha * checkpoint."""
+    """(name of the row, Loaded) of the base and each checkpoint. With --wise a in its place WiSE-FT
+    (arXiv 2109.01903): the weights (1 - a) * base + a * checkpoint."""
     if args.base:
         yield args.base, load_model(args.base, args.model)
     for source in [name for name in args.ckpt if name != args.base]:
         tuned = load_model(source, args.model)
         if not args.wise:
             yield source, tuned
-        for alpha in args.wise:
+        for a in args.wise:
             base = load_model(args.base, args.model)
             if base.config != tuned.config:
                 raise BadInput(f"--wise: the base is a {base.name}, the checkpoint a {tuned.name}")
             weights = tuned.model.state_dict()
             for name, weight in base.model.state_dict().items():
                 if weight.is_floating_point():
-                    weight.lerp_(weights[name], alpha)
-            yield f"{source}, WiSE {alpha:g}", base
+                    weight.lerp_(weights[name], a)  # in place: the base model's own tensor
+            yield f"{source}, WiSE {a:g}", base
 
 
 def describe(args: Namespace) -> None:
@@ -685,9 +697,15 @@ def parse_args() -> Namespace:
     add("--model", default=DEFAULT_MODEL, help="model of tags and third-party files [Sec. 4.1]")
     add("--base", help="checkpoint or tag before fine-tuning: differences from it are shown")
     add("--wise", nargs="+", type=at_least(0.0), default=[], help="WiSE-FT: (1-a)*base + a*ckpt")
-    add("--bench", nargs="+", choices=BENCHMARKS, default=[], help="which to score [all of them]")
+    add(
+        "--bench",
+        nargs="+",
+        choices=BENCHMARKS,
+        default=[],
+        help="[all; none with --pairs, --captions]",
+    )
     add("--data-root", type=Path, default="data", help="folder of the benchmarks")
-    add("--vlc-rows", type=at_least(0), default=1000, help="rows of a VLC file; 0: all [authors]")
+    add("--vlc-rows", type=at_least(0), default=1000, help="first rows of a VLC file; 0: all")
     add("--pairs", type=Path, help="score the kinds of a .jsonl of negatives.py")
     add("--captions", type=Path, help="score retrieval on a captions file")
     add("--split", nargs="+", default=[], help="splits of --captions, if Karpathy's: test ...")

@@ -29,15 +29,15 @@ from tqdm import tqdm
 import english
 import files
 
-# The kinds that mask a word, with its part of speech as spaCy names it. To add one, add it here:
-# nothing else must change. (Rules of a single kind are in english.maskable, those of objects in
-# choose_masked_word, too, and those of numbers in acceptable.) A second kind of swap would need an
-# entry in KINDS, a function like noun_swaps, and those lines of make_negatives again that collect
-# `swaps`, ask the filler, and choose one.
+# The kinds that mask a word, with its part of speech as spaCy names it. To make one more, add it
+# here. To train on it, make the negatives anew, and name it in --kinds. (Rules of a single kind are
+# in english.maskable, those of objects in choose_masked_word, too, those of numbers in acceptable.)
+# A second kind of swap would need an entry in KINDS, a function like noun_swaps, and a copy of
+# these parts of make_negatives: `swaps` is filled, the filler is asked, one swap is chosen.
 MASKED_KINDS = {"attribute": "ADJ", "action": "VERB", "object": "NOUN", "number": "NUM"}
 KINDS = ["relation", *MASKED_KINDS]  # all that are made; Sec. 4.4 names numbers as a further kind
 PAPER_KINDS = ["relation", "attribute", "action", "object"]  # T_hn in Sec. 3.2; training's default
-CANDIDATES = 100  # words that a filler proposes for a mask; if few, they give negatives away
+CANDIDATES = 100  # words that a filler proposes for a mask; few are easily told from captions
 FALLBACK_WEIGHT = 1e-3  # of a number that the filler does not propose
 MAX_PAIRS = 40  # pairs of nouns of a caption that are tried: all of them up to nine noun units
 MASK_BATCH = 128  # masked captions in one forward pass
@@ -49,30 +49,34 @@ Words = list[english.Word]  # a tagged caption
 
 
 @dataclass
-class Place:
+class Place:  # a position in a caption, and what a filler proposes for it
     words: Words
     position: int
-    proposed: dict[str, float] = field(default_factory=dict)  # what a filler says: word -> weight
+    proposed: dict[str, float] = field(default_factory=dict)  # word -> weight
 
 
 @dataclass
-class Swap:
-    caption: str  # the negative: two noun units have changed places
+class Swap:  # a negative in which two noun units have changed places
+    caption: str
     number_differs: bool
     sort_differs: bool
-    first: Place  # where the first unit's main noun stands in the caption before the swap, with all
-    second: Place  # other words of the two units left out; and where the second unit's stands
+    first: (
+        Place  # of the first unit's main noun before the swap; the units' other words are left out
+    )
+    second: Place  # of the second unit's main noun, in the same words
 
 
 def noun_swaps(
     words: Words, captions: set[str], rng: random.Random, strict: bool = False
 ) -> list[Swap]:
-    """Swaps of two noun units that are as alike as possible, in random order, of MAX_PAIRS pairs.
+    """Swaps of two noun units (english.noun_units) that are as alike as possible, in random order.
+    make_negatives takes the most plausible one. At most MAX_PAIRS pairs are tried.
 
-    Units of one number come first, then units of one sort: nobody needs the image to see that "a
-    suitcase carries a man" is false. With `strict` both must be the same. Articles and adjectives
-    stay, unless the units differ in number: "a dogs" would be refuted by grammar. No swap says the
-    same as the caption, or is one of the image's `captions` (lower case).
+    If some swaps keep the number, only those are returned; if some of these keep the sort, only
+    those: nobody needs the image to see that "a suitcase carries a man" is false. With `strict`
+    both must be kept. Articles and adjectives stay, unless the units differ in number: "a dogs"
+    would be refuted by grammar. No swap says the same as the caption, or is one of the image's
+    `captions` (lower case).
     paper: "two noun words" / authors' code: needs three, replaces substrings / we: by position
     """
     pairs = list(itertools.combinations(english.noun_units(words), 2))
@@ -103,7 +107,8 @@ def choose_masked_word(words: Words, kind: str, rng: random.Random) -> tuple[Wor
     A compound noun is masked as one word ("a teddy bear" -> "a <mask>"), so the caption may come
     back shortened. Not masked are words that english.maskable refuses, and what stands behind a
     negation, because it may be false already.
-    paper: a random word / we: a word of CONTRAST first, because we know what excludes it
+    paper: a random word / we: random among the words of CONTRAST, because we know what excludes
+    them; of these, among words not beside "of"; of these, among the shortest nouns
     """
     spans = [(i, i + 1) for i in range(len(words))]
     if kind == "object":
@@ -112,8 +117,8 @@ def choose_masked_word(words: Words, kind: str, rng: random.Random) -> tuple[Wor
     for start, end in spans:
         if any(word.text.lower() in english.NEGATIONS for word in words[:start]):
             break  # all later spans are behind it, too
-        right = words[end - 1].pos == MASKED_KINDS[kind] and english.maskable(words, start, end)
-        if right and all(word.text.isalpha() or word.pos == "NUM" for word in words[start:end]):
+        fits = words[end - 1].pos == MASKED_KINDS[kind] and english.maskable(words, start, end)
+        if fits and all(word.text.isalpha() or word.pos == "NUM" for word in words[start:end]):
             candidates.append((start, end))
     if not candidates:
         return None
@@ -144,7 +149,8 @@ def fill(words: Words, position: int, new: str) -> str:
 def acceptable(
     proposed: dict[str, float], old: str, kind: str, true_words: set[str], tagger: english.Tagger
 ) -> dict[str, float]:
-    """The proposed words that make the caption false in the place of `old`: lower case -> weight.
+    """The proposed words that probably make the caption false in the place of `old`: lower case ->
+    weight. These are rules of thumb, not a proof: docs/measurements.md counts what is true.
 
     None of a word's lemmas is among `true_words`, and CONTRAST has it in the same groups as `old`:
     a colour gives way to a colour only, an animal to an animal, a word of no group to words of no
@@ -163,7 +169,7 @@ def acceptable(
     return passed
 
 
-# ---- Fillers: for each (words, position) they propose {word: weight}, the best word first --------
+# ---- Fillers: for each (words, position) they propose {word: weight} -----------------------------
 
 
 class MaskedLMFiller:
@@ -238,9 +244,9 @@ class NgramFiller:
     """A masked n-gram model counted on the captions themselves; nothing to download.
 
     The weight of a word w is c(left, t, w) * c(t, right, w) / (10 + c(t, w)). Here c counts, t is
-    the fine tag of the position, and 0.5 stands for a factor of 0. The 10 holds back words that
-    were seen once or twice, above all misspelt ones. If too many words have a weight, those that
-    were seen with both neighbours are proposed first.
+    the fine tag of the position (spaCy's tag_), and 0.5 stands for a factor of 0. The 10 holds back
+    words that were seen once or twice, above all misspelt ones. Words that were seen with both
+    neighbours come first, so that `candidates` cuts off others.
     """
 
     def __init__(self, captions: Iterable[Words], candidates: int = CANDIDATES):
@@ -285,9 +291,9 @@ def make_negatives(
 ) -> list[dict]:
     """A record for each caption, with its kinds of negative and why some are missing.
 
-    `captions` must hold all captions of an image that stand side by side. The draws are seeded by
-    `seed` and the caption's id; but which words pass depends on the other captions, too: those of
-    the image say what is true, and all of them say which fine tags a word has.
+    Captions of one image that are neighbours in the file must come in one call. The draws are
+    seeded by `seed` and the caption's id; but which words pass depends on the other captions, too:
+    those of the image say what is true, and all of them say which fine tags a word has.
     """
     tagged = list(tagger.words(caption["caption"] for caption in captions))
     siblings, true_words, fine_tags = what_captions_say(captions, tagged, tagger)
@@ -299,24 +305,26 @@ def make_negatives(
             record["missing"] = dict.fromkeys(KINDS, "not English")
             continue
         # why each kind is missing, if it is still missing at the end
-        record["missing"] = {"relation": "no swap of two nouns that is surely false"}
+        record["missing"] = {"relation": "no swap of two nouns passes the rules"}
         rng = random.Random(f"{seed}/{caption['id']}")
         swaps.append((record, noun_swaps(words, siblings[caption["image"]], rng, strict)))
         for kind, pos in MASKED_KINDS.items():
             record["missing"][kind] = f"no {tagger.explain(pos)} to mask"
             masked = choose_masked_word(words, kind, rng)
             if masked:
-                record["missing"][kind] = "no word for the mask that is surely false"
+                record["missing"][kind] = "no word for the mask passes the rules"
                 blanks.append((record, kind, Place(*masked), rng))
     # all is asked in one call, because the filler computes equal requests only once
-    contested = [swap for _, of_caption in swaps if len(of_caption) > 1 for swap in of_caption]
-    places = [place for swap in contested for place in (swap.first, swap.second)]
+    places = []
+    for _, choices in swaps:
+        if len(choices) > 1:
+            places += [place for swap in choices for place in (swap.first, swap.second)]
     places += [place for _, _, place, _ in blanks]
     for place, proposed in zip(places, filler([(place.words, place.position) for place in places])):
         place.proposed = proposed
-    for record, of_caption in swaps:
-        if of_caption:
-            record["relation"] = max(of_caption, key=plausibility).caption
+    for record, choices in swaps:
+        if choices:
+            record["relation"] = max(choices, key=plausibility).caption
     for record, kind, place, _ in blanks:
         old = place.words[place.position]
         passed = acceptable(place.proposed, old.text, kind, true_words[record["image"]], tagger)
@@ -330,8 +338,8 @@ def make_negatives(
 
 
 def what_captions_say(captions: list[dict], tagged: list[Words], tagger: english.Tagger) -> tuple:
-    """image -> its captions in lower case; image -> lemmas that are true of it; word -> the fine
-    tags that it has."""
+    """image -> its captions in lower case; image -> the lemmas that count as true of it: those of
+    its captions, what may be true with them, and vague words; word -> the fine tags that it has."""
     siblings, fine_tags = defaultdict(set), defaultdict(set)
     true_words = defaultdict(lambda: set(english.WEAK))
     for caption, words in zip(captions, tagged):
@@ -344,14 +352,14 @@ def what_captions_say(captions: list[dict], tagged: list[Words], tagger: english
 
 
 def plausibility(swap: Swap) -> float:
-    """How well two nouns fit into each other's place: the ratio of their weights there and in their
-    own place. A noun that is not proposed counts as the last of the proposed words."""
+    """How well two nouns fit into each other's place: in both places, the weight of the other noun
+    divided by that of the own one. A noun that is not proposed has the least proposed weight."""
     nouns = [place.words[place.position].text.lower() for place in (swap.first, swap.second)]
-    ratio = 1.0
-    for place, own, other in ((swap.first, *nouns), (swap.second, *reversed(nouns))):
+    product = 1.0
+    for place, own, other in zip((swap.first, swap.second), nouns, reversed(nouns)):
         least = min(place.proposed.values(), default=1)
-        ratio *= place.proposed.get(other, least) / place.proposed.get(own, least)
-    return ratio
+        product *= place.proposed.get(other, least) / place.proposed.get(own, least)
+    return product
 
 
 def fill_in(blanks: list[tuple], tagger: english.Tagger) -> None:
@@ -368,9 +376,9 @@ def fill_in(blanks: list[tuple], tagger: english.Tagger) -> None:
             word = rng.choices(list(place.proposed), list(place.proposed.values()))[0]
             del place.proposed[word]
             tried.append((place.words, place.position, word))
-        for (record, kind, place, rng), new, tag in zip(blanks, tried, tagger.tags(tried)):
+        for (record, kind, place, rng), attempt, tag in zip(blanks, tried, tagger.tags(tried)):
             if tag == place.words[place.position].tag:
-                record[kind] = fill(*new)
+                record[kind] = fill(*attempt)
             else:
                 failed.append((record, kind, place, rng))
         blanks = failed
@@ -393,7 +401,7 @@ def generate(
 
     The parameters are the flags of the command line. Finished chunks lie in OUT.part until OUT is
     written. Neither shards nor interruptions change a byte, because a chunk depends only on its
-    captions, and n-grams are counted on the whole captions file.
+    captions, and n-grams are counted on all captions that are read, not on a shard.
     """
     match = re.fullmatch(r"([1-9]\d*)/(\d+)", shard)
     if not match or int(match[1]) > int(match[2]):
@@ -432,7 +440,7 @@ def generate(
 
 
 def split_into_chunks(records: list[dict]) -> list[list[dict]]:
-    """CHUNK captions each, or more, because those of an image that stand side by side stay so."""
+    """CHUNK captions each, or more: captions of one image that are neighbours stay together."""
     chunks = [[]]
     for record in records:
         if len(chunks[-1]) >= CHUNK and record["image"] != chunks[-1][-1]["image"]:

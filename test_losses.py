@@ -420,8 +420,8 @@ WRONG = {
     ),
     "itc_hn_loss: valid has shape (3, 2), expected (2, 2)": lambda: itc_hn_loss(SIM, SIM_NEG, T),
     "imc_loss: pos has shape (2,), expected (3,)": lambda: imc_loss(POS, torch.ones(3, 2), T),
-    "imc_loss_released: text_neg has shape (2, 2), expected (2, 2, 2)": lambda: imc_loss_released(
-        NEG, VALID
+    "imc_loss_released: all_text_neg has shape (2, 2), expected (2, 2, 2)": lambda: (
+        imc_loss_released(NEG, VALID)
     ),
     "cmr_loss: threshold has shape (3,), expected (2,)": lambda: cmr_loss(
         POS, NEG, torch.zeros(3), VALID

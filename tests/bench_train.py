@@ -4,8 +4,8 @@
 
 The plain step is how the authors and most forks do it: every caption, a missing negative as a
 placeholder, padded to 77 tokens, in one forward. Both run in processes of their own, for the peak
-memory; on a GPU both in bf16. `--micro-batch` measures gradient caching as well, `--images` the
-loader alone: real images, decoded, augmented and tokenised by --workers processes.
+memory; on a GPU both in bf16. `--micro-batch` measures activation checkpointing as well, and
+`--images` the loader alone: real images, decoded, augmented and tokenised by --workers processes.
 """
 
 import argparse

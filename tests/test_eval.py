@@ -25,7 +25,7 @@ from files import ImagePart
 def columns(benchmark: str) -> dict[str, str]:
     """{group: the first column of columns.csv in which it counts}."""
     column_of = {}
-    for line in eval_bench.own_table("columns.csv", benchmark):
+    for line in eval_bench.csv_lines("columns.csv", benchmark):
         for group in line["groups"].split():
             column_of.setdefault(group, line["column"])
     return column_of
@@ -78,7 +78,8 @@ def test_a_tie_is_wrong_and_a_missing_image_is_counted():
     line = eval_bench.score_item(scorer, items[2], matches := {(a, "cat"): 0.25, (a, "dog"): 2.0})
     matches[a, "pet"] = 0
     assert (line["scores"], line["right"], line["gap"]) == ([2.5, 1.25], True, -0.5)
-    scorer.model.match_all = lambda scorer, texts_of: matches  # an X-VLM
+    scorer.model.match = True  # an X-VLM
+    scorer.model.match_all = lambda scorer, texts_of: matches
     values = [eval_bench.accuracies(scorer, items, log, itm)["y"].value for itm in (False, True)]
     assert values == [0, 100]
     torch.manual_seed(0)  # the same text twice is a tie, in whatever order a product is summed

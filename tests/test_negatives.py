@@ -19,8 +19,8 @@ import negatives
 from negatives import KINDS, MASKED_KINDS
 
 TAGGER = english.Tagger()
-NO_SWAP = "no swap of two nouns that is surely false"
-NO_WORD = "no word for the mask that is surely false"
+NO_SWAP = "no swap of two nouns passes the rules"
+NO_WORD = "no word for the mask passes the rules"
 
 
 def tag(text: str) -> list[english.Word]:
