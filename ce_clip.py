@@ -596,16 +596,9 @@ Loaded = namedtuple("Loaded", "model name config train_transform eval_transform 
 
 
 def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
-    """A model with its weights. `source` is the first of these that fits:
-
-    ViT-L-14/openai   a model of open_clip, and a tag of its weights
-    openai            a tag of the model `name`
-    hf-hub:ORG/REPO   a model and weights of open_clip on the Hugging Face hub; or a folder of that
-                      kind, with open_clip_config.json
-    a file of ours    it knows its model, and `name` is not looked at
-    any other file    third-party weights of the model `name`: see files.py
-    another folder    such a file in it, or a CLIPModel of transformers, whose config.json is read
-    """
+    """A model with its weights. `source` is a tag of open_clip's weights for the model `name`, or
+    MODEL/TAG, hf-hub:ORG/REPO, a file or a folder: see "Which checkpoints" in docs/benchmarks.md. A
+    file of ours knows its model, and then `name` is not looked at."""
     path = Path(source)
     model_name, _, tag = source.rpartition("/")
     model_name = model_name or name
