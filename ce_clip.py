@@ -5,7 +5,8 @@
     python ce_clip.py --data negatives.jsonl --images DIR          # any file of negatives.py
 
 Shape letters: B pairs in the global batch, b of them on this process, K kinds of negative in the
-order of KINDS; L tokens, D embedding width. S(.,.) is always a logit: exp(logit_scale) * cosine.
+order of KINDS; N texts, L tokens, D embedding width; W processes. T_jk is negative k of caption j.
+S(.,.) is always a logit: exp(logit_scale) * cosine.
 """
 
 import argparse
@@ -122,9 +123,9 @@ def imc_loss(pos: Tensor, text_neg: Tensor, valid: Tensor) -> Tensor:
     pos       (B,)    S(I_i, T_i)
     text_neg  (B, K)  S(T_i, T_ik), captions by their own negatives
     valid     (B, K)  bool, True = exists; a caption without negatives adds 0
-    returns   ()      may be below 0, because S(I,T) is not in the denominator; CLIP starts at about
-                      60, because a negative has some 90 logits with its caption, and the image 30.
-                      Raises ValueError on a shape mismatch.
+    returns   ()      may be below 0, because S(I,T) is not in the denominator. We expect CLIP to
+                      start at about 60, with some 90 logits of a caption and its negative, and 30
+                      of caption and image. Raises ValueError on a shape mismatch.
     The numerator is cross-modal: to push captions apart alone would let the text tower drift away
     from the image tower, and the paper found that unstable (Sec. 3.2).
     Differs from the authors' code, see imc_loss_released.
@@ -184,7 +185,8 @@ def adaptive_threshold(
     A threshold below 0 means that the negatives lead in the mean. Then only pairs whose caption is
     further behind than the mean add to the loss.
     paper: only an upper bound / authors' code: also clamps at 0, averages the two terms over
-    different captions, restarts at 0 every epoch, and is nan for an absent kind / we: Eq. (5), (7).
+    different captions, restarts at 0 every epoch, and is nan for an absent kind / we: Eq. (7), and
+    Eq. (5) over the captions that have the kind.
     """
     B, K = neg.shape
     previous = pos.new_zeros(K) if previous is None else previous
@@ -257,9 +259,9 @@ def looking_loss(image: Tensor, text: Tensor, scale: Tensor, valid: Tensor) -> T
     returns  ()             0 for B = 1, or when nothing is valid. ValueError on a shape mismatch.
     It is the text-to-image half of Eq. (1) with the direction from a negative to its caption in
     place of the caption. A lead that the text alone gives is the same in all images, and counts for
-    nothing. But L also falls if the text tower gives the texts that it takes for negatives features
-    with less content. So the loss teaches a model to look at the image only if the text does not
-    tell negatives from captions (docs/evidence.md).
+    nothing. But L also falls if the features of those texts that the text tower takes for negatives
+    depend less on what the sentence says. So the loss teaches a model to look at the image only if
+    the text does not tell negatives from captions (docs/evidence.md).
     A pair counts as far as its caption leads, up to one logit, because d_ik is noise where the two
     texts have almost the same features. The loss stands beside Eq. (2), which makes captions lead.
     """
@@ -283,7 +285,7 @@ class Encoder(nn.Module):
 
     With `micro_batch` only the activations of so many pairs are kept; the backward pass computes
     each part again (activation checkpointing). The gradient is that of the whole batch, except for
-    batch norm and for the pairs that X-VLM's matching loss draws.
+    batch norm, dropout, and the pairs that X-VLM's matching loss draws.
     """
 
     def __init__(self, model: nn.Module, bf16: bool = False, micro_batch: int = 0):
@@ -329,7 +331,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     They are those of model.encode_text(tokens, normalize=True), in less time. CLIP attends causally
     and pools at the end-of-text token, whose number is the highest, so what follows it changes
     nothing. Captions of similar length are encoded together and cut after the last one's end. Text
-    towers of other kinds get their full length.
+    towers of other kinds get all L tokens.
     """
     device = model.logit_scale.device
     clip = type(model) is open_clip.CLIP
@@ -337,7 +339,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
         return model.encode_text(tokens.to(device), normalize=True)
     length = tokens.argmax(1) + 1  # (N,)
     order = length.argsort(stable=True)
-    chunks = min(4, 1 + len(tokens) // 128)  # chunks of fewer than 128 would not fill a GPU
+    chunks = min(4, 1 + len(tokens) // 128)  # more of them would be cut shorter, but fill no GPU
     features = []
     for rows in order.chunk(chunks):
         longest = int(length[rows[-1]])
@@ -463,11 +465,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def write_log(path: Path, line: dict) -> None:
-    """Append a line to log.jsonl. The loss must be finite."""
+    """The first process appends a line to log.jsonl. Raises BadInput if the loss is not finite."""
     if not math.isfinite(line["loss"]):
         raise BadInput(f"the loss is not finite: {json.dumps(line)}")
     if line["same_tokens"]:
-        files.say_once("warning: negatives that are cut off before they differ count as missing")
+        files.say_once("warning: negatives with the same tokens as their captions count as missing")
     if rank() == 0:
         with path.open("a") as log:
             log.write(json.dumps(line) + "\n")
@@ -496,8 +498,8 @@ def prepare_run(args: argparse.Namespace, kinds: list[str], settings: dict, devi
         getattr(model.visual, "trunk", model.visual).requires_grad_(False).eval()
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    # No decay of biases, gains, norms, logit_scale [open_clip, authors' code]: timm looks for what
-    # has one axis or none. "*bias*" is for X-VLM's tables of position biases, which have two.
+    # No decay of what has one axis or none: biases, gains of norms, logit_scale ... [open_clip,
+    # authors' code]. "*bias*" is for X-VLM's tables of position biases, which have two axes.
     groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=["*bias*"])
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     # Th^t is made from step t - 1 (Eq. 5), and the first step has none: Th^1 = 0 [authors' code]

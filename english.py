@@ -229,8 +229,9 @@ def maskable(words: list[Word], start: int, end: int) -> bool:
     if word.pos == "ADJ":
         return not (word.lemma in COLORS and nouns_after and nouns_after[0] in ONE_COLOR)
     if word.pos == "NUM":
+        known = word.text.lower() in CONTRAST["number"][0]  # not "one", a year or a time
         between = start > 0 and words[start - 1].lemma == "between"
-        return not between and nouns_after[:1] != ["piece"]
+        return known and not between and nouns_after[:1] != ["piece"]
     return True
 
 

@@ -71,8 +71,8 @@ class Log:  # what the function of a benchmark notes down besides the cells that
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
-    """The unweighted mean of several cells; a single cell is returned as it is. The mean has no
-    value if one of the cells lacks items or a value: it could not be compared with the paper's."""
+    """The unweighted mean of several cells. It has no value if one of the cells lacks items or a
+    value, because it could not be compared with the paper's. A single cell is returned as it is."""
     cells = list(cells)
     if len(cells) == 1:
         return cells[0]
@@ -178,9 +178,10 @@ def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) 
 def accuracies(
     scorer: Scorer, items: list[Item], log: Log, itm: bool = False, per_entry: int = 1
 ) -> dict[str, Cell]:
-    """{group: accuracy in %} of the entries whose image is there. An entry is `per_entry` items
-    that follow one another and show one image. It is right if all its items are right. A tie is
-    wrong. If an entry is one item, chance is 50."""
+    """{group: its accuracy, and an empty cell for groups without items}. What counts are the
+    entries whose image is there. An entry is `per_entry` items that follow one another and show one
+    image. It is right if all its items are right. A tie is wrong. If an entry is one item, chance
+    is 50."""
     lines = score_items(scorer, items, log, itm)
     decisions = defaultdict(list)  # group -> one decision an entry
     for start in range(0, len(lines), per_entry):
@@ -202,9 +203,9 @@ def add_blind_and_looking(
 ) -> None:
     """Add to the cells and lines two controls that are not the paper's. Blind is the accuracy with
     another entry's image: what a model gets right with a wrong image, it knows from the texts.
-    Looking is the percentage of items whose positive leads the negative (has a higher score) by
-    more with their own image than with a like one (with_like_images). A tie counts half, so
-    ignoring the image gives 50."""
+    Looking is the percentage of items whose lead, the score of the positive less that of the
+    negative, is larger with their own image than with a like one (with_like_images). A tie counts
+    half, so ignoring the image gives 50."""
     scored = [item for item in items if item.image in scorer.images]
     blind_log = Log()
     blind = accuracies(scorer, with_other_images(scored, per_entry), blind_log, itm, per_entry)
@@ -223,8 +224,8 @@ def add_blind_and_looking(
 
 def with_other_images(items: list[Item], per_entry: int = 1) -> list[Item]:
     """The items with their images exchanged: each entry gets the image of another entry, which has
-    another path, and each image is used once (a derangement). An empty list if more than half of
-    the entries show one path."""
+    another path, and each entry's image is used once (a derangement). An empty list if more than
+    half of the entries show one path."""
     own = [item.image for item in items[::per_entry]]
     counts = Counter(image.path for image in own)
     if 2 * max(counts.values(), default=0) > len(own):
@@ -243,9 +244,9 @@ def with_other_images(items: list[Item], per_entry: int = 1) -> list[Item]:
 def with_like_images(scorer: Scorer, items: list[Item]) -> list[Item]:
     """The items, each with a like image in place of its own. Among the images with another path,
     this is the one whose similarity to the sum of both texts is closest to the own image's. An
-    empty list if all have one path. A random image would not do: if a model gives what it takes for
-    a negative weaker features, the caption's lead is small with any image that shows nothing of the
-    sentence, and the model would seem to look."""
+    empty list if all have one path. A random image would not do: if the features of what a model
+    takes for a negative depend less on the sentence, the caption's lead is small with any image
+    that shows nothing of the sentence, and the model would seem to look."""
     images = list(dict.fromkeys(item.image for item in items))
     paths = [image.path for image in images]
     if len(set(paths)) < 2:
@@ -263,7 +264,8 @@ def with_like_images(scorer: Scorer, items: list[Item]) -> list[Item]:
 
 
 def read_entries(path: Path, log: Log) -> list:
-    """The entries of a benchmark's file, a JSON list or object; none if it is absent."""
+    """The entries of a benchmark's file: of a JSON list, the values of a JSON object, or JSON
+    lines. There are none if the file is absent, and this is noted."""
     if log.note_if_absent(path):
         return []
     return files.read_json_list(path)
@@ -295,10 +297,10 @@ ARO_DROPPED = set(Path(__file__).with_name("aro_dropped.txt").read_text().splitl
 
 
 def aro(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2210.01936, Table 1. Means over pairs of attributes with 25 items or more, and over
-    relations except for 157, such as symmetric ones, that ARO's notebook and the paper's authors
-    leave out. An image is cropped to the box around its two objects. Where the box reaches beyond
-    the image, the crop is black."""
+    """ARO (arXiv 2210.01936) for Table 1. Means over pairs of attributes with 25 items or more, and
+    over relations except for 157, such as symmetric ones, that ARO's notebook and the paper's
+    authors leave out. An image is cropped to the box around its two objects. Where the box reaches
+    beyond the image, the crop is black."""
     cells, root = {}, args.data_root
     for task in ("relation", "attribution"):
         items = []
@@ -328,8 +330,9 @@ VALSE_FOLDERS = {  # by the start of an image's name; the first that fits
 
 
 def valse(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2112.07566, Table 1. Items whose caption at least 2 of 3 annotators found right. The
-    paper averages over 11 files (72.5 for CE-CLIP), and for CE-CLIP+ over 9 columns (76.7)."""
+    """VALSE (arXiv 2112.07566) for Table 1. Items whose caption at least 2 of 3 annotators found
+    right. The paper averages over 11 files (72.5 for CE-CLIP), and for CE-CLIP+ over 9 columns
+    (76.7)."""
     items = []
     for name in groups_of("valse"):
         for e in read_entries(args.data_root / f"valse/{name}.json", log):
@@ -341,9 +344,9 @@ def valse(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
 
 
 def vlc(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2207.00221, Table 2. Of each file the first --vlc-rows rows (the authors: the first
-    ones that have an image). Means over the files of a source, such as SWiG; over the sources of
-    the types of a column, such as the sizes of objects; and over the columns."""
+    """VL-CheckList (arXiv 2207.00221) for Table 2. Of each file the first --vlc-rows rows (the
+    authors: the first ones that have an image). A line of columns.csv has the files of one type
+    from one source, such as large objects from SWiG. The last averages are means of columns."""
     groups, root = defaultdict(Cell), args.data_root
     for name in groups_of("vlc"):
         path = root / f"vl_checklist/corpus/v1/{name}.yaml"
@@ -361,7 +364,8 @@ def vlc(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
 
 
 def sugarcrepe(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2306.14610, Table 3. 7,511 items; means over subsets (its authors: over items)."""
+    """SugarCrepe (arXiv 2306.14610) for Table 3. 7,511 items; means over subsets (its authors: over
+    items)."""
     items = []
     for subset in groups_of("sugarcrepe"):
         for e in read_entries(args.data_root / f"sugarcrepe/{subset}.json", log):
@@ -371,9 +375,10 @@ def sugarcrepe(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
 
 
 def sugarcrepe_pp(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2406.11171, not in the paper: SugarCrepe with a second true caption. A tie is wrong.
-    ITT, the image-text task: the image is closer to both captions than to the negative; chance is
-    33.3. TOT, the text-only task: the captions are closer to each other than to the negative."""
+    """SugarCrepe++ (arXiv 2406.11171), not in the paper: SugarCrepe with a second true caption. A
+    tie is wrong. ITT, the image-text task: the image is closer to both captions than to the
+    negative; chance is 33.3. TOT, the text-only task: the captions are closer to each other than to
+    the negative."""
     cells = {}
     for subset in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att"):
         items = []  # two of an entry, one for each true caption
@@ -442,8 +447,8 @@ WHATSUP = {"A": "controlled_images_dataset.json", "B": "controlled_clevr_dataset
 
 
 def whatsup(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """arXiv 2310.19785, not in the paper: of four captions with different prepositions, the first
-    is right. Chance is 25; a tie is wrong."""
+    """What'sUp (arXiv 2310.19785), not in the paper: of four captions with different prepositions,
+    the first is right. Chance is 25; a tie is wrong."""
     cells = {}
     for name, file in WHATSUP.items():
         items = []
@@ -481,7 +486,7 @@ def generated_negatives(scorer: Scorer, args: Namespace, log: Log) -> dict[str, 
 
 
 def pre_caption(text: str) -> str:
-    """Lower case, without these signs, at most 30 words; as in ARO and the paper's retrieval."""
+    """Lower case, without these signs, at most 30 words; as in ARO's code."""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30])
 
 
@@ -497,14 +502,17 @@ def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) 
         return {}
     records = files.read_captions(captions, splits)
     images = [image_of(record, folder) for record in records]
-    absent = [image for image in images if not files.is_there(*image)]
-    scored = len(records) - len(absent)
+    number = {image: n for n, image in enumerate(dict.fromkeys(images))}  # each image once
+    absent = [image for image in number if not files.is_there(*image)]
     if absent:
         log.absent_images += absent
-        return dict.fromkeys(("I2T R@5", "T2I R@5"), Cell(None, scored, len(records)))  # Table 5
+        captions_there = sum(image not in absent for image in images)
+        return {
+            "I2T R@5": Cell(None, len(number) - len(absent), len(number)),
+            "T2I R@5": Cell(None, captions_there, len(records)),
+        }
     texts = [pre_caption(record["caption"]) for record in records]
     scorer.encode(images, texts)
-    number = {image: n for n, image in enumerate(dict.fromkeys(images))}  # each image once
     features = torch.stack([scorer.images[image] for image in number])
     sim = features @ torch.stack([scorer.texts[text] for text in texts]).T  # (images, captions)
     own = torch.arange(len(number))[:, None] == torch.tensor([number[image] for image in images])
@@ -514,7 +522,7 @@ def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) 
         rank = (~is_own & (similarity >= best)).sum(1)  # 0 is best
         for k in (1, 5, 10):
             value = 100 * (rank < k).float().mean().item()
-            cells[f"{way} R@{k}"] = Cell(value, scored, len(records))
+            cells[f"{way} R@{k}"] = Cell(value, len(rank), len(rank))
     return cells
 
 
@@ -525,13 +533,13 @@ MEAN_PER_CLASS = ["caltech101", "fgvc_aircraft", "flowers", "pets"]
 def zero_shot(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     """ELEVATER's sets that are there, as CLIP_benchmark calls them; their mean if all 19 are; and
     ImageNet. ELEVATER's twentieth, hateful-memes, is not in CLIP_benchmark."""
-    cells = defaultdict(Cell)
+    cells = {}
     for name in [*groups_of("zeroshot"), "imagenet1k"]:
         folder = args.data_root / "zeroshot" / name
         if not log.note_if_absent(folder):
             with one_line_errors(f"{folder} is not read by CLIP_benchmark (docs/benchmarks.md)"):
                 cells[name] = zero_shot_set(scorer, folder)
-    return dict(cells) | averages("zeroshot", cells)
+    return cells | averages("zeroshot", defaultdict(Cell, cells))
 
 
 def zero_shot_set(scorer: Scorer, folder: Path) -> Cell:
@@ -693,7 +701,7 @@ def describe(args: Namespace) -> None:
 def parse_args() -> Namespace:
     p = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     add = p.add_argument
-    add("--ckpt", nargs="+", required=True, help="files, MODEL/TAG of open_clip, or tags (openai)")
+    add("--ckpt", nargs="+", required=True, help="files, folders, hf-hub:..., MODEL/TAG, or tags")
     add("--model", default=DEFAULT_MODEL, help="model of tags and third-party files [Sec. 4.1]")
     add("--base", help="checkpoint or tag before fine-tuning: differences from it are shown")
     add("--wise", nargs="+", type=at_least(0.0), default=[], help="WiSE-FT: (1-a)*base + a*ckpt")

@@ -30,18 +30,19 @@ import english
 import files
 
 # The kinds that mask a word, with its part of speech as spaCy names it. To make one more, add it
-# here. To train on it, make the negatives anew, and name it in --kinds. (Rules of a single kind are
-# in english.maskable, those of objects in choose_masked_word, too, those of numbers in acceptable.)
-# A second kind of swap would need an entry in KINDS, a function like noun_swaps, and a copy of
-# these parts of make_negatives: `swaps` is filled, the filler is asked, one swap is chosen.
+# here, and if you can its groups in english.CONTRAST. To train on it, make the negatives anew, and
+# name it in --kinds. (Rules of a single kind are in english.maskable, and where choose_masked_word
+# and acceptable compare `kind`.) A second kind of swap would need an entry in KINDS, a function
+# like noun_swaps, its reason in `missing`, and a copy of these parts of make_negatives: `swaps` is
+# filled, the filler is asked, and one swap is chosen.
 MASKED_KINDS = {"attribute": "ADJ", "action": "VERB", "object": "NOUN", "number": "NUM"}
 KINDS = ["relation", *MASKED_KINDS]  # all that are made; Sec. 4.4 names numbers as a further kind
 PAPER_KINDS = ["relation", "attribute", "action", "object"]  # T_hn in Sec. 3.2; training's default
-CANDIDATES = 100  # words that a filler proposes for a mask; few are easily told from captions
+CANDIDATES = 100  # words that a filler proposes for a mask; with fewer, text alone tells negatives
 FALLBACK_WEIGHT = 1e-3  # of a number that the filler does not propose
 MAX_PAIRS = 40  # pairs of nouns of a caption that are tried: all of them up to nine noun units
 MASK_BATCH = 128  # masked captions in one forward pass
-CHUNK = 1024  # captions that are tagged, filled and saved together: a chunk has so many, or more
+CHUNK = 1024  # captions that are tagged, filled and saved together, or a few more
 Words = list[english.Word]  # a tagged caption
 
 
@@ -60,9 +61,7 @@ class Swap:  # a negative in which two noun units have changed places
     caption: str
     number_differs: bool
     sort_differs: bool
-    first: (
-        Place  # of the first unit's main noun before the swap; the units' other words are left out
-    )
+    first: Place  # of the first unit's main noun before the swap, without the units' other words
     second: Place  # of the second unit's main noun, in the same words
 
 
@@ -107,8 +106,8 @@ def choose_masked_word(words: Words, kind: str, rng: random.Random) -> tuple[Wor
     A compound noun is masked as one word ("a teddy bear" -> "a <mask>"), so the caption may come
     back shortened. Not masked are words that english.maskable refuses, and what stands behind a
     negation, because it may be false already.
-    paper: a random word / we: random among the words of CONTRAST, because we know what excludes
-    them; of these, among words not beside "of"; of these, among the shortest nouns
+    paper: a random word / we: random among the words of CONTRAST, if there are any, because we know
+    what excludes them; of these, among words not beside "of"; of these, among the shortest nouns
     """
     spans = [(i, i + 1) for i in range(len(words))]
     if kind == "object":
@@ -122,7 +121,8 @@ def choose_masked_word(words: Words, kind: str, rng: random.Random) -> tuple[Wor
             candidates.append((start, end))
     if not candidates:
         return None
-    draws = {span: rng.random() for span in candidates}  # at the end the lowest one wins
+    # The lowest draw wins at the end: so an edit of the word lists moves few of the choices.
+    draws = {span: rng.random() for span in candidates}
     # three wishes, the strongest first; a wish that no candidate meets is passed over
     known = set().union(*english.CONTRAST.get(kind, []))
     candidates = [span for span in candidates if words[span[1] - 1].lemma in known] or candidates
@@ -136,7 +136,8 @@ def choose_masked_word(words: Words, kind: str, rng: random.Random) -> tuple[Wor
 
 
 def fill(words: Words, position: int, new: str) -> str:
-    """The caption with another word at the position; capitals stay capitals."""
+    """The caption with another word at the position. A word in capitals is replaced by one in
+    capitals, and a sentence still starts with one."""
     old = words[position].text
     if old.isupper() and len(old) > 1:
         new = new.upper()
@@ -154,7 +155,7 @@ def acceptable(
 
     None of a word's lemmas is among `true_words`, and CONTRAST has it in the same groups as `old`:
     a colour gives way to a colour only, an animal to an animal, a word of no group to words of no
-    group.
+    group. A word has two letters or more, and no other signs.
     """
     if kind == "number":  # there are so few that all have a weight, if only a small one
         proposed = dict.fromkeys(english.NUMBERS, FALLBACK_WEIGHT) | proposed
@@ -191,8 +192,8 @@ class MaskedLMFiller:
             self.model = model.to(self.device, dtype).eval()
         longest = self.model.config.max_position_embeddings - 2  # RoBERTa counts from 2
         self.options = {"truncation": True, "max_length": longest, "padding": True}
-        # Only tokens that are whole words are proposed. BPE and SentencePiece mark a token that
-        # starts a word (with "Ġ" or "▁"), WordPiece marks one that does not.
+        # Only tokens that start a word and have only letters are proposed. BPE and SentencePiece
+        # mark a token that starts a word (with "Ġ" or "▁"), WordPiece marks one that does not.
         tokens = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
         starts_are_marked = any(token.startswith(("Ġ", "▁")) for token in tokens)
         self.words = {}  # number of a token -> word
@@ -270,14 +271,15 @@ class NgramFiller:
         weights = {}
         for w in sorted(after.keys() | before.keys()):
             weights[w] = after.get(w, 0.5) * before.get(w, 0.5) / (10 + self.seen[tag][w])
-        ranked = sorted(weights, key=weights.get, reverse=True)  # ties stay in alphabetical order
-        both = [w for w in ranked if w in after and w in before]
-        one = [w for w in ranked if w not in after or w not in before]
-        return {w: weights[w] for w in (both + one)[: self.candidates]}
+        # ties stay in alphabetical order
+        ranked = sorted(
+            weights, key=lambda w: (w in after and w in before, weights[w]), reverse=True
+        )
+        return {w: weights[w] for w in ranked[: self.candidates]}
 
 
 def neighbours(words: Words, i: int) -> tuple[str, str, str]:
-    """The word before, the tag of position i, the word after; "" where the caption ends."""
+    """The word before, the tag of position i, the word after; "" beyond the caption."""
     left = words[i - 1].text.lower() if i > 0 else ""
     right = words[i + 1].text.lower() if i + 1 < len(words) else ""
     return sys.intern(left), words[i].tag, sys.intern(right)
@@ -370,17 +372,18 @@ def fill_in(blanks: list[tuple], tagger: english.Tagger) -> None:
     All blanks draw at the same time, because it is faster to tag many captions together.
     """
     while blanks:
-        blanks = [(r, kind, place, rng) for r, kind, place, rng in blanks if place.proposed]
+        blanks = [blank for blank in blanks if blank[2].proposed]
         tried, failed = [], []
         for _, _, place, rng in blanks:
             word = rng.choices(list(place.proposed), list(place.proposed.values()))[0]
             del place.proposed[word]
             tried.append((place.words, place.position, word))
-        for (record, kind, place, rng), attempt, tag in zip(blanks, tried, tagger.tags(tried)):
+        for blank, attempt, tag in zip(blanks, tried, tagger.tags(tried)):
+            record, kind, place, _ = blank
             if tag == place.words[place.position].tag:
                 record[kind] = fill(*attempt)
             else:
-                failed.append((record, kind, place, rng))
+                failed.append(blank)
         blanks = failed
 
 
@@ -401,7 +404,8 @@ def generate(
 
     The parameters are the flags of the command line. Finished chunks lie in OUT.part until OUT is
     written. Neither shards nor interruptions change a byte, because a chunk depends only on its
-    captions, and n-grams are counted on all captions that are read, not on a shard.
+    captions, and n-grams are counted on all captions that are read, not on a shard. (A masked LM
+    rounds differently on another device.)
     """
     match = re.fullmatch(r"([1-9]\d*)/(\d+)", shard)
     if not match or int(match[1]) > int(match[2]):
@@ -414,13 +418,13 @@ def generate(
     records = files.read_captions(captions, split)
     chunks = split_into_chunks(records)
     chunks = chunks[len(chunks) * (number - 1) // total : len(chunks) * number // total]
-    source = [path.read_text("utf-8") for path in english.FILES]  # they decide the output, too
-    settings = [records, MASKED_KINDS, MAX_PAIRS, source, filler, seed, strict_swaps, candidates]
+    source = [path.read_text("utf-8") for path in (Path(__file__), *english.FILES)]
+    settings = [records, source, filler, seed, strict_swaps, candidates]  # they decide the output
     digest = files.sha256(json.dumps(settings))[:16]
     folder = Path(f"{out}.part")
     folder.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(digest) for path in folder.iterdir()):
-        raise files.BadInput(f"{folder} was begun with other settings or captions: delete it")
+        raise files.BadInput(f"{folder} was begun with other captions, settings or code: delete it")
     tagger = english.Tagger()
     if filler == "ngram":
         counted = tqdm((record["caption"] for record in records), "counting", len(records))
@@ -440,7 +444,8 @@ def generate(
 
 
 def split_into_chunks(records: list[dict]) -> list[list[dict]]:
-    """CHUNK captions each, or more: captions of one image that are neighbours stay together."""
+    """CHUNK captions each, or a few more, because neighbours that show one image stay together; the
+    last one has the rest."""
     chunks = [[]]
     for record in records:
         if len(chunks[-1]) >= CHUNK and record["image"] != chunks[-1][-1]["image"]:

@@ -286,6 +286,9 @@ def test_whatsup_by_hand(tmp_path):
     assert (cells["A"].ties, cells["B"].value, cells["Avg"].value) == (1, 100, None)
     assert (cells["B"].blind, cells["B"].looking) == (0, 100)  # each beside the other's image
     assert len(log.decisions) == 3 * (4 + 2)
+    clevr = tmp_path / "whatsup" / "data" / "controlled_clevr_dataset.json"
+    save(clevr, [entries[0], entries[3]])  # image 0 is right for both, image 3 for none
+    assert eval_bench.whatsup(scorer, at(tmp_path), Log(blind=True))["B"].blind == 50
     entries[0]["caption_options"] = options[:3]
     save(tmp_path / "whatsup" / "data" / "controlled_images_dataset.json", entries)
     with pytest.raises(files.BadInput, match="dataset.json: an entry has 3 captions, not 4$"):
@@ -346,7 +349,7 @@ def test_averages_are_defined_as_the_papers(place, monkeypatch):
 
 def test_tables():
     results = {"vlc": {"b": {"Avg": Cell(60, 1, 1), "Object": Cell(5, 1, 1)}}}
-    results["vlc"]["c"] = {"Avg": Cell(62.5, 1, 1), "Object": Cell(5, 1, 1)}
+    results["vlc"]["c"] = {"Avg": Cell(62.5, 1, 1, 1), "Object": Cell(5, 1, 1)}
     results["pairs"] = {"b": {"mean": Cell(None, 1, 2)}, "c": {"mean": Cell(5, 2, 2)}}
     results["aro"] = {"b": {"Relation": Cell()}, "c": {"Relation": Cell()}}
     rows = eval_bench.table_5(results)
@@ -356,6 +359,8 @@ def test_tables():
     assert "| c - b            | +2.5    |            |" in text and "b - b" not in text
     assert "c - " not in eval_bench.report("table_5", rows, None, [])
     assert "PARTIAL" not in text and "Absent" not in text
+    assert "| scored/all       | 1/1     | 2/2        |" in text
+    assert "| ties, c          | 1       |            |" in text and "ties, b" not in text
     text = eval_bench.report("vlc", results["vlc"], None, ["x", "y"])
     assert "% - PARTIAL\n" in text and text.endswith("\n\nAbsent: x; y")
     assert "PARTIAL" in eval_bench.report("pairs", {"b": {"mean": Cell(None, 1, 2)}}, None, [])
@@ -384,7 +389,13 @@ def test_retrieval_by_hand(tmp_path):
     assert values == pytest.approx([200 / 3, 100, 100, 50, 100, 100])
     scorer.texts["b"] = torch.ones(3)  # a tie of three
     assert retrieval(*pairs)[3].value == 25
-    assert retrieval(*pairs, ("D", "b"))[0] == Cell(None, 4, 5)  # D is absent
+    folder = tmp_path / "coco"  # --split is for --captions
+    save(folder / "annotations" / "coco_karpathy_test.json", [{"image": "E", "caption": "b"}])
+    save(folder / "E", "")
+    scorer.images[ImagePart(folder / "E")] = torch.ones(3)
+    of_coco = at(tmp_path, captions=None, images=None, split=["test"])
+    assert eval_bench.retrieval(scorer, of_coco, log, of_coco=True)["I2T R@1"] == Cell(100, 1, 1)
+    assert retrieval(*pairs, ("D", "b")) == [Cell(None, 3, 4), Cell(None, 4, 5)]  # D is absent
     assert log.all_absent() == [f"images (1), the first is {tmp_path / 'D'}"]
     scorer.texts |= dict.fromkeys(("a big dog rex", "b" + 29 * " b"), torch.ones(3))
     for caption in ('A (big) dog:  "Rex"! ', "B " * 40):  # as in ARO
@@ -497,7 +508,12 @@ def test_command_on_every_benchmark(score, monkeypatch):
     counts["aro", "Attribution"] = 25  # big_red has 24 items
     counts["valse", "Counting"] = 6  # two of four captions a file
     counts["vlc", "Object location"] = 63  # 3 types of 7 files of 3 rows
-    counts |= {("vlc", "Avg"): 168, ("sugarcrepe", "Avg"): 49, ("coco", "I2T R@1"): 14}
+    counts |= {
+        ("vlc", "Avg"): 168,
+        ("sugarcrepe", "Avg"): 49,
+        ("coco", "I2T R@1"): 7,
+        ("coco", "T2I R@1"): 14,
+    }
     for (name, column), count in counts.items():
         cell = saved[name][ONE][column]
         assert (cell.scored, cell.total) == (count, count)

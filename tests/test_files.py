@@ -466,10 +466,12 @@ def test_names_of_the_hub(monkeypatch):
 
 
 def save_transformers(folder: Path, activation: str) -> CLIPModel:
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_act": activation}
-    text = {"hidden_size": 16, "intermediate_size": 64, "eos_token_id": 49407, **sizes}
-    vision = {"hidden_size": 32, "intermediate_size": 128, "image_size": 32, "patch_size": 16}
-    config = CLIPConfig(text_config=text, vision_config=vision | sizes, projection_dim=16)
+    vision = {"hidden_size": 32, "intermediate_size": 96, "image_size": 32, "patch_size": 16}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_act": activation}
+    text = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 24}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": activation}
+    text |= {"eos_token_id": 49407, "vocab_size": 49409}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     theirs = CLIPModel(config).eval()
     for name, weight in theirs.named_parameters():  # biases begin as 0
         torch.nn.init.normal_(weight, std=0.3 if "proj" in name else 1)
@@ -493,7 +495,7 @@ def test_a_clip_of_transformers(world, tmp_path, capsys, activation):
     torch.testing.assert_close(image, expected.image_embeds, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(text, expected.text_embeds, atol=1e-5, rtol=1e-4)
     assert scale == theirs.logit_scale.exp()
-    older = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # not a weight
+    older = {"text_model.embeddings.position_ids": torch.arange(24)[None]}  # not a weight
     save_file(theirs.state_dict() | older, tmp_path / "model.safetensors")
     again = ce_clip.load_model(str(tmp_path))
     assert flat(again.model.state_dict()) == flat(loaded.model.state_dict())
@@ -631,3 +633,8 @@ def test_the_newest_whole_state_of_a_run(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     damaged = {line.split(" is damaged, passed over: ")[0] for line in lines}
     assert damaged == {f"{tmp_path / name}.pt" for name in ("code", "cut", "empty")}
+    with pytest.raises(
+        BadInput, match="holds checkpoints: --resume a run of ours, or give another"
+    ):
+        files.newest_state(tmp_path, {"lr": 1}, False)
+    assert files.newest_state(tmp_path / "new", {}, True) is None

@@ -134,6 +134,7 @@ def test_what_is_not_masked():
         ("number", "Two zebras graze with a fence in between", {"Two"}),
         ("action", "A man who sits sees a parked car", {"A man who _ sees a parked car"}),
         ("number", "Cars between two dogs eat two pieces of cake with three cats", {"three"}),
+        ("number", "One dog eats at 4:21 in 1929 beside 12 cats and 8 cows", {"8"}),
     ]
     for kind, text, expected in cases:
         chosen = [negatives.choose_masked_word(tag(text), kind, random) for _ in range(20)]
@@ -247,7 +248,7 @@ def test_acceptable_words():
     # numbers are two to ten, and in no caption
     texts = ["Two dogs run past 3 men.", "One dog and a cat on track number 12", "Four cats"]
     made = defaultdict(set)
-    for record in make(texts * 40, propose("many", "three", "big")):
+    for record in make(texts * 40, propose("many", "three", "big", "twenty")):
         made[record["caption"]].add(record["number"])
     assert made[texts[1]] == {None}
     assert made["Four cats"] == {f"{n} cats" for n in "Five Six Seven Eight Nine Ten".split()}
@@ -465,11 +466,16 @@ def test_an_interrupted_run_goes_on_where_it_was(many, tmp_path, monkeypatch):
     changes = [{"seed": 1}, {"filler": "x"}, {"candidates": 2}, {"strict_swaps": True}]
     changes.append({"captions": coco_captions(tmp_path / "other.json", CAPTIONS)})
     for change in changes:
-        with pytest.raises(files.BadInput, match="begun with other settings or captions: delete"):
+        with pytest.raises(
+            files.BadInput, match="begun with other captions, settings or code: delete"
+        ):
             negatives.generate(**settings | change)
     with pytest.raises(files.BadInput, match="begun with"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(negatives, "MAX_PAIRS", 3)
+        edited = tmp_path / "edited.py"  # the code decides the output, too
+        edited.write_text(Path(negatives.__file__).read_text() + "MAX_PAIRS = 3\n")
+        patch.setattr(negatives, "__file__", str(edited))
         negatives.generate(**settings)
+    edited.unlink()
     assert not settings["out"].exists()
     paths = sorted((tmp_path / "out.jsonl.part").iterdir())
     paths[2].write_text(paths[2].read_text().replace(" sees ", " saw ", 1))

@@ -57,6 +57,8 @@ def test_checkpoint_is_the_same_model_here_and_in_open_clip(tmp_path, quick_gelu
         activation = open_clip.transformer.QuickGELU if quick_gelu else torch.nn.GELU
         assert isinstance(model.transformer.resblocks[0].mlp.gelu, activation)
     assert "(0.5, 0.5, 0.5)" in str(loaded.eval_transform) == str(ours.eval_transform)
+    assert ce_clip.build_model("RN50", config=config).config == config
+    assert open_clip.get_model_config("RN50")["embed_dim"] == 1024  # the name means what it did
     assert str(loaded.train_transform) == str(ours.train_transform)
 
 
@@ -216,7 +218,7 @@ def test_a_negative_whose_change_is_cut_off_does_not_exist(world, tmp_path, caps
         cut += (expected & ~valid).sum().item()
     files.say_once.cache_clear()
     _, output = run(tiny(world, tmp_path / "x", "--data", tmp_path / "long.jsonl"))
-    assert output.count("negatives that are cut off before they differ count as missing") == 1
+    assert output.count("negatives with the same tokens as their captions count as missing") == 1
     assert "cut off" not in run(tiny(world, tmp_path / "whole"))[1]
     log = read_log(tmp_path / "x")
     of_lines = [line["same_tokens"] for line in log]  # an epoch has three steps, each with a line
