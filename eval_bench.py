@@ -55,19 +55,12 @@ class Cell:  # a number of a table, in %: of a group, or of a column, which aver
 class Log:  # what the function of a benchmark notes down besides the cells that it returns
     blind: bool = False  # a setting: whether blind and looking are to be computed
     decisions: list[dict] = field(default_factory=list)  # the lines of items.jsonl
-    absent: list[str] = field(default_factory=list)  # files that are not there
-    absent_images: list[ImagePart] = field(default_factory=list)
+    absent: dict[str, None] = field(default_factory=dict)  # files that are not there: each key one
 
     def note_if_absent(self, path: Path) -> bool:
         if not path.exists():
-            self.absent.append(str(path))
+            self.absent[str(path)] = None
         return not path.exists()
-
-    def all_absent(self) -> list[str]:
-        images = len(set(self.absent_images))
-        if not images:
-            return self.absent
-        return [f"images ({images}), the first is {self.absent_images[0].path}", *self.absent]
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
@@ -156,7 +149,7 @@ def score_item(scorer: Scorer, item: Item, matches: dict) -> dict:
 
 def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) -> list[dict]:
     """A line of items.jsonl for each item whose image is there. They are added to log.decisions,
-    and absent images to log.absent_images. With `itm`, image-text matching, an X-VLM's logit that
+    and absent images to log.absent. With `itm`, image-text matching, an X-VLM's logit that
     an image and a text match is part of their score."""
     texts_of = defaultdict(dict)  # image -> its texts as keys: each once, and in order
     for item in items:
@@ -165,7 +158,7 @@ def score_items(scorer: Scorer, items: list[Item], log: Log, itm: bool = False) 
         if item.image in texts_of or files.is_there(*item.image):
             texts_of[item.image].update({item.positive: None, item.negative: None})
         else:
-            log.absent_images.append(item.image)
+            log.absent[str(item.image.path)] = None
     matches = {}
     if itm and hasattr(scorer.model, "match"):  # an X-VLM
         matches = scorer.model.match_all(scorer, texts_of)
@@ -424,7 +417,7 @@ def two_images(scorer: Scorer, args: Namespace, log: Log, benchmark: str) -> dic
         paths = [folder / "images" / e[f"image_{n}"] for n in (0, 1)]
         images = [ImagePart(path if path.suffix else path.with_suffix(".png")) for path in paths]
         absent = [image for image in images if not files.is_there(*image)]
-        log.absent_images += absent
+        log.absent.update((str(image.path), None) for image in absent)
         if not absent:
             items.append(Item(group, images[0], e["caption_0"], e["caption_1"]))
             items.append(Item(group, images[1], e["caption_1"], e["caption_0"]))
@@ -503,9 +496,9 @@ def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) 
     records = files.read_captions(captions, splits)
     images = [image_of(record, folder) for record in records]
     number = {image: n for n, image in enumerate(dict.fromkeys(images))}  # each image once
-    absent = [image for image in number if not files.is_there(*image)]
+    absent = {image for image in number if not files.is_there(*image)}
     if absent:
-        log.absent_images += absent
+        log.absent.update((str(image.path), None) for image in number if image in absent)
         captions_there = sum(image not in absent for image in images)
         return {
             "I2T R@5": Cell(None, len(number) - len(absent), len(number)),
@@ -752,7 +745,7 @@ def main() -> None:
                 _, score = (BENCHMARKS | OWN_DATA)[name]
                 results[name][row] = score(scorer, args, log)
             scored += sum(cell.scored for cell in results[name][row].values())
-            absent[name] = log.all_absent()  # the same for every checkpoint
+            absent[name] = list(log.absent)  # the same for every checkpoint
             for decision in log.decisions:
                 lines.append(json.dumps({"benchmark": name, "row": row} | decision, default=str))
     if rows := table_5(results):
