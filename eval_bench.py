@@ -486,7 +486,7 @@ def pre_caption(text: str) -> str:
 def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) -> dict[str, Cell]:
     """Recall in % at 1, 5, 10 (Table 5 prints R@5). I2T: of captions by an image, where any of its
     own counts; T2I: of the image by a caption. What ties with the right one is ranked before it.
-    There is no value unless every image is there, because among fewer images it is easier."""
+    Nothing is scored unless every image is there, because among fewer images it is easier."""
     captions, folder, splits = args.captions, args.images, args.split
     if of_coco:
         folder, splits = args.data_root / "coco", []
@@ -496,14 +496,10 @@ def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) 
     records = files.read_captions(captions, splits)
     images = [image_of(record, folder) for record in records]
     number = {image: n for n, image in enumerate(dict.fromkeys(images))}  # each image once
-    absent = {image for image in number if not files.is_there(*image)}
+    absent = [image for image in number if not files.is_there(*image)]
     if absent:
-        log.absent.update((str(image.path), None) for image in number if image in absent)
-        captions_there = sum(image not in absent for image in images)
-        return {
-            "I2T R@5": Cell(None, len(number) - len(absent), len(number)),
-            "T2I R@5": Cell(None, captions_there, len(records)),
-        }
+        log.absent.update((str(image.path), None) for image in absent)
+        return {}
     texts = [pre_caption(record["caption"]) for record in records]
     scorer.encode(images, texts)
     features = torch.stack([scorer.images[image] for image in number])
@@ -619,12 +615,13 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
     title = "Gain and forgetting (Table 5; the paper: ELEVATER over 20 sets)"
     if name != "table_5":
         title, _ = (BENCHMARKS | OWN_DATA)[name]
-    *_, cells = rows.values()  # all rows have the same columns
-    if not any(cell.scored for cell in cells.values()):
-        why = f"Absent: {absent[0]}" if absent else "It has no items"
+    lacking = "; ".join(absent[:2])
+    lacking += f" and {len(absent) - 2} more" if absent[2:] else ""
+    if not any(cell.scored for cells in rows.values() for cell in cells.values()):
+        why = f"Absent: {lacking}" if absent else "It has no items"
         return f"{title} is not scored. {why}; see docs/benchmarks.md"
     table, counts = paper_rows(name), defaultdict(dict)
-    for row, cells in rows.items():
+    for row, cells in rows.items():  # all rows have the same columns
         for column, cell in cells.items():
             table[row][column] = cell
             table[f"{row}, blind"][column] = Cell(cell.blind)
@@ -638,13 +635,9 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
             counts[f"ties, {row}"][column] = cell.ties or ""
             counts[f"same tokens, {row}"][column] = cell.same_tokens or ""
     is_partial = absent or any(cell.scored < cell.total for cell in cells.values())
-    text = f"## {title}, %{' - PARTIAL' if is_partial else ''}\n\n" + markdown(
-        table | counts, cells
-    )
-    if absent:
-        text += "\n\nAbsent: " + "; ".join(absent[:2])
-        text += f" and {len(absent) - 2} more" if absent[2:] else ""
-    return text
+    text = f"## {title}, %{' - PARTIAL' if is_partial else ''}\n\n"
+    text += markdown(table | counts, cells)
+    return f"{text}\n\nAbsent: {lacking}" if absent else text
 
 
 def markdown(rows: dict[str, dict], columns: Iterable[str]) -> str:

@@ -330,8 +330,8 @@ def make_negatives(
     for record, kind, place, _ in blanks:
         old = place.words[place.position]
         passed = acceptable(place.proposed, old.text, kind, true_words[record["image"]], tagger)
-        # Words that stand in these captions with other tags only are dropped here: most of them
-        # would fail in fill_in. Words that do not stand in them pass.
+        # Words that stand in these captions with other tags only are dropped here: "a skateboard
+        # dog" may pass in fill_in, too. Words that do not stand in them stay.
         place.proposed = {w: passed[w] for w in passed if old.tag in fine_tags.get(w, [old.tag])}
     fill_in(blanks, tagger)
     for record in records:
