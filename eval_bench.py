@@ -455,25 +455,9 @@ def whatsup(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
     return cells | {"Avg": mean(cells.values())}
 
 
-def image_of(record: dict, folder: Path) -> ImagePart:
-    box = tuple(record["box"]) if record.get("box") else None
-    return ImagePart(folder / str(record["image"]), box)
-
-
 def generated_negatives(scorer: Scorer, args: Namespace, log: Log) -> dict[str, Cell]:
-    """Each kind of a file that negatives.py wrote, and their mean. As in training, what has no
-    caption is left out."""
-    items, left_out, path = [], Counter(), args.pairs
-    with one_line_errors(f"{path} is not a file of negatives.py"), files.open_text(path) as file:
-        for record in files.read_json_lines(file):
-            caption = (record["caption"] or "").strip()
-            if not caption:
-                left_out["without a caption"] += 1
-                continue
-            for kind, text in record.items():
-                if isinstance(text, str) and kind not in ("id", "image", "caption"):
-                    items.append(Item(kind, image_of(record, args.images), caption, text))
-    files.say_once(f"{path}: negatives {len(items):,}{files.counted(left_out)}")
+    """Each kind of a file that negatives.py wrote, and their mean."""
+    items = [Item(*fields) for fields in files.read_negatives(args.pairs, args.images)]
     groups = accuracies(scorer, items, log)
     return groups | {"mean": mean(groups.values())}
 
@@ -494,7 +478,7 @@ def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) 
     if log.note_if_absent(captions):
         return {}
     records = files.read_captions(captions, splits)
-    images = [image_of(record, folder) for record in records]
+    images = [files.image_part(record, folder) for record in records]
     number = {image: n for n, image in enumerate(dict.fromkeys(images))}  # each image once
     absent = [image for image in number if not files.is_there(*image)]
     if absent:

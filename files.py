@@ -485,6 +485,28 @@ def image_size(path: str | Path) -> tuple[int, int]:
 ImagePart = namedtuple("ImagePart", "path box black", defaults=(None, False))
 
 
+def image_part(record: dict, folder: Path) -> ImagePart:
+    box = tuple(record["box"]) if record.get("box") else None
+    return ImagePart(folder / str(record["image"]), box)
+
+
+def read_negatives(path: Path, folder: Path) -> list[tuple[str, ImagePart, str, str]]:
+    """(kind, image, caption, negative) of a file of negatives.py. Every key that holds a text is a
+    kind. As in training, what has no caption is left out, and counted in one line."""
+    negatives, left_out = [], Counter()
+    with one_line_errors(f"{path} is not a file of negatives.py"), open_text(path) as file:
+        for record in read_json_lines(file):
+            caption = (record["caption"] or "").strip()
+            if not caption:
+                left_out["without a caption"] += 1
+                continue
+            for kind, text in record.items():
+                if isinstance(text, str) and kind not in ("id", "image", "caption"):
+                    negatives.append((kind, image_part(record, folder), caption, text))
+    say_once(f"{path}: negatives {len(negatives):,}{counted(left_out)}")
+    return negatives
+
+
 def is_there(path: Path, box: tuple | None = None, black: bool = False) -> bool:
     """Whether it is a file, and a part of the box lies in the image; with `black` none need to."""
     return path.is_file() and (not box or black or part_inside(box, image_size(path)) is not None)
