@@ -1,6 +1,7 @@
 """What negatives.py knows of English: word lists, and the grammar of nouns.
 
 The lists were made by hand from the commonest words of COCO and Flickr8k. Nearly all are lemmas.
+They lie beside this file: synonyms.txt has a group a line, sorts.csv a sort, words.csv all others.
     SYNONYMS, HYPERNYMS  words that may be true of one thing, and so do not make a caption false
     CONTRAST             groups of words that mostly exclude each other: "black" and "white"
     SORTS                people, animals, food ...: one of a sort easily takes another one's place
@@ -9,7 +10,6 @@ The lists were made by hand from the commonest words of COCO and Flickr8k. Nearl
     NEGATIONS            what follows them may be false already
     SEVERAL, QUANTITIES  "many men" and "a group of men" are several men
     BOTH_WAYS, GLUE      "a dog next to the cat" says the same as "a cat next to the dog"
-The longest two lie beside this file: synonyms.txt, a group a line, and sorts.csv.
 """
 
 import csv
@@ -27,19 +27,12 @@ Unit = tuple[int, int]  # the positions [start, end) of a noun unit, such as "pl
 
 # ---- Word lists ----------------------------------------------------------------------------------
 
-
-def word_groups(text: str) -> list[tuple[str, ...]]:
-    """Groups of words from a text in which a comma or a new line stands between two groups."""
-    return [tuple(group.split()) for group in re.split(r"[,\n]", text.strip())]
-
-
 # What decides the negatives beside negatives.py: this file and its data.
-FILES = [Path(__file__).with_name(name) for name in ("english.py", "synonyms.txt", "sorts.csv")]
+FILES = ["english.py", "synonyms.txt", "sorts.csv", "words.csv"]
+FILES = [Path(__file__).with_name(name) for name in FILES]
 
 # The words of a line may be true of one and the same thing.
-SYNONYMS = [line.split() for line in FILES[1].read_text().splitlines()]
-NUMBERS = "two three four five six seven eight nine ten".split()
-SYNONYMS += [[word, str(number)] for number, word in enumerate(NUMBERS, 2)]
+SYNONYMS = [line.split() for line in FILES[1].read_text("utf-8").splitlines()]
 
 # In sorts.csv each of a row's names may be true of what one of its words is true of: a "dog" is an
 # "animal". If the row has a sort, its words are of that sort. What cannot be counted ("water") is
@@ -47,7 +40,7 @@ SYNONYMS += [[word, str(number)] for number, word in enumerate(NUMBERS, 2)]
 WORDS, SORTS = {}, defaultdict(set)  # list -> words, sort -> words
 HYPERNYMS = []  # (names, words)
 GENERAL = set()  # names of a whole sort: where they are true, hardly another word of it is false
-with FILES[2].open(newline="") as sorts_file:
+with FILES[2].open(newline="", encoding="utf-8") as sorts_file:
     for row in csv.DictReader(sorts_file):
         WORDS[row["list"]] = set(row["words"].split())
         HYPERNYMS.append((set(row["names"].split()), WORDS[row["list"]]))
@@ -56,6 +49,35 @@ with FILES[2].open(newline="") as sorts_file:
             GENERAL.update(row["names"].split())
 GENERAL |= WORDS["persons"]  # a child may be a girl or a boy
 HYPERNYMS += [(WORDS["men"], WORDS["roles"]), (WORDS["women"], WORDS["roles"])]
+
+LISTS = defaultdict(list)  # name of a list in words.csv -> its groups: one, or several
+with FILES[3].open(newline="", encoding="utf-8") as words_file:
+    for row in csv.DictReader(words_file):
+        LISTS[row["list"]].append(row["words"].split())
+NUMBERS, COLORS, POSTURES = (LISTS[name][0] for name in ("numbers", "colors", "postures"))
+FIGURES = [str(number) for number in range(2, 11)]  # "2" is "two"
+SYNONYMS += [list(pair) for pair in zip(NUMBERS, FIGURES)]
+
+# Of a group mostly one word is true of a thing; which of its words may be true together is said in
+# SYNONYMS. A word of another group may be true of the thing, too.
+CONTRAST = {
+    "attribute": [*LISTS["attribute"], [*COLORS, "blond", "blonde"]],
+    "action": [*LISTS["action"], POSTURES + LISTS["moves"][0]],
+    "object": list(SORTS.values()),
+    "number": [NUMBERS + FIGURES],
+}
+PHRASES = {tuple(words) for words in LISTS["phrases"]}
+ONE_COLOR, SEVERAL = set(LISTS["one color"][0]), set(LISTS["several"][0])
+NEGATIONS, QUANTITIES = set(LISTS["negations"][0]), set(LISTS["quantities"][0])
+WEAK = QUANTITIES.union(LISTS["weak"][0])
+BOTH_WAYS, GLUE = set(LISTS["both ways"][0]), set(LISTS["glue"][0])
+GENDERED, PRONOUNS = WORDS["men"] | WORDS["women"], set(LISTS["pronouns"][0])
+LIVING = SORTS["people"].union(SORTS["animals"], LISTS["living"][0])
+# The commonest languages in Latin script of which spaCy has stop words: see Tagger.is_english.
+LANGUAGES = LISTS["languages"][0]
+KNOWN = set(LISTS["accented"][0]).union(*SYNONYMS, *SORTS.values())
+KNOWN.update(*CONTRAST["attribute"], *CONTRAST["action"])
+KNOWN.update(*(names | words for names, words in HYPERNYMS))
 
 
 @functools.cache
@@ -77,87 +99,11 @@ def may_also_be(word: str) -> frozenset[str]:
     return frozenset(others - {word})
 
 
-COLORS = """
-red orange yellow green blue purple pink brown black white gray grey tan silver golden beige maroon
-burgundy turquoise teal violet
-""".split()
-POSTURES = "stand sit lie lay sleep kneel crouch squat lean rest pose".split()
-MOVES = """
-walk stroll jog run trot gallop jump leap hop swim dive fly climb crawl slide skate ski surf
-sail row dance fall swing float race hike drive
-""".split()
-
-# Of a group mostly one word is true of a thing; which of its words may be true together is said in
-# SYNONYMS. A word of another group may be true of the thing, too.
-CONTRAST = {
-    "attribute": word_groups("""
-big large huge small tiny little, tall short long, young old elderly, modern old ancient vintage
-open closed, empty full, wet dry, hot cold warm cool, clean dirty, indoor outdoor, male female
-wooden metal metallic plastic glass concrete leather, happy sad angry, straight curved
-sunny cloudy rainy snowy foggy stormy, round square rectangular oval triangular
-"""),
-    "action": word_groups("""
-hold carry throw hit eat drink drop read cut cook, ride push pull kick wash lead
-open close, smile cry frown yell
-"""),
-    "object": list(SORTS.values()),
-    "number": [NUMBERS + [str(number) for number in range(2, 11)]],
-}
-CONTRAST["attribute"].append([*COLORS, "blond", "blonde"])
-CONTRAST["action"].append(POSTURES + MOVES)
-
-ONE_COLOR = set("grass lawn field snow broccoli lettuce carrot banana tomato sun cloud".split())
-GENDERED = WORDS["men"] | WORDS["women"]
-PRONOUNS = set("he his him himself she her hers herself".split())
-LIVING = (
-    "people family team crowd audience couple group herd flock everyone i we you he she it they"
-)
-LIVING = SORTS["people"].union(SORTS["animals"], LIVING.split(), ["who", "that", "which"])
-
-KNOWN = set().union(*SYNONYMS, *SORTS.values(), *CONTRAST["attribute"], *CONTRAST["action"])
-KNOWN.update(*(names | words for names, words in HYPERNYMS))
-KNOWN.update("café décor naïve façade sauté purée entrée soufflé jalapeño piñata".split())
-
-# The commonest languages in Latin script of which spaCy has stop words: see Tagger.is_english.
-LANGUAGES = "ca cs da de es fi fr hu id it nb nl pl pt ro sv tr vi".split()
-
-
 @functools.cache
 def groups_of(lemmas: frozenset[str], kind: str) -> list[int]:
     """Which groups of CONTRAST have one of the lemmas."""
     groups = CONTRAST.get(kind, [])
     return [n for n, group in enumerate(groups) if lemmas.intersection(group)]
-
-
-SEVERAL = set("several many few both these those numerous multiple various some all dozen".split())
-
-PHRASES = word_groups("""
-stainless steel, washing machine, stuffed animal, remote control, christmas tree, double decker
-traffic light, parking meter, swimming pool, cutting board, tennis racket, old fashioned, french fry
-little league, fire hydrant, grizzly bear, bowling ball, ferris wheel, running shoe, baseball bat
-orange juice, sweet potato, double deck, living room, dining room, flat screen, parking lot, hot dog
-white house, full length, high school, real estate, polar bear, teddy bear, cell phone, high chair
-brown bear, black bear, wine glass, chain link, green bean, stop sign, ice cream, ski slope, red sox
-ping pong, palm tree, fast food, black and, and white, high rise, close up, sea gull, big ben
-""")
-PHRASES = set(PHRASES)
-NEGATIONS = set("no not n't without never nothing nobody none neither nor".split())
-QUANTITIES = set("couple group bunch lot pair row number set variety kind type sort".split())
-QUANTITIES.update("piece bit assortment".split())
-
-# These words are too vague to make a caption false, or they are no objects.
-WEAK = """
-front top side back bottom middle center centre end edge corner part way time day background scene
-foreground thing item object area place air distance other same different various several many few
-more most some such own multiple single next last good nice great beautiful pretty lovely cute real
-interesting main whole entire available ready able similar very close half something anything view
-everything image direction game wild incoming dozen home event be have do get go take make use show
-see seem appear contain include feature come let keep help try wear
-"""
-WEAK = QUANTITIES.union(WEAK.split())
-
-BOTH_WAYS = set("and or & , next beside near with by between alongside close together".split())
-GLUE = set("to be stand sit lie pose play talk walk a an the some his her its their".split())
 
 
 # ---- Grammar: nouns and what belongs to them, articles, capitals ---------------------------------
