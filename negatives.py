@@ -29,12 +29,8 @@ from tqdm import tqdm
 import english
 import files
 
-# The kinds that mask a word, with its part of speech as spaCy names it. To make one more, add it
-# here, and if you can its groups in english.CONTRAST. To train on it, make the negatives anew, and
-# name it in --kinds. (Rules of a single kind are in english.maskable, and where choose_masked_word
-# and acceptable compare `kind`.) A second kind of swap would need an entry in KINDS, a function
-# like noun_swaps, its reason in `missing`, and a copy of these parts of make_negatives: `swaps` is
-# filled, the filler is asked, and one swap is chosen.
+# The kinds that mask a word, with its part of speech as spaCy names it. "A kind of your own" in
+# docs/data.md says how to add one, or a second kind of swap.
 MASKED_KINDS = {"attribute": "ADJ", "action": "VERB", "object": "NOUN", "number": "NUM"}
 KINDS = ["relation", *MASKED_KINDS]  # all that are made; Sec. 4.4 names numbers as a further kind
 PAPER_KINDS = ["relation", "attribute", "action", "object"]  # T_hn in Sec. 3.2; training's default
