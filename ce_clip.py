@@ -397,9 +397,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if total == 0:
         raise BadInput(f"{len(records)} captions do not fill one batch of {args.batch_size}")
     settings = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
-    settings["captions"] = [[len(part), part.digest] for part in records.datasets]
+    settings["captions"] = [f"{len(part)}, sha256 {part.digest[:16]}" for part in records.datasets]
     loaded, optimizer, threshold, start = prepare_run(args, kinds, settings, device)
     model, out = loaded.model, Path(args.out)
+    if start == total and rank() == 0:
+        files.say(f"{out} is finished: it has made all of its {total} steps")
     encoder = Encoder(model, args.precision == "bf16", args.micro_batch)
     if world_size() > 1:
         # parameters without a gradient would stop it: those of CoCa's decoder, SigLIP's bias
@@ -601,17 +603,14 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
     """A model with its weights. `source` is a tag of open_clip's weights for the model `name`, or
     MODEL/TAG, hf-hub:ORG/REPO, a file or a folder: see "Which checkpoints" in docs/benchmarks.md. A
     file of ours knows its model, and then `name` is not looked at."""
+    check_source(source, name)
     path = Path(source)
-    model_name, _, tag = source.rpartition("/")
-    model_name = model_name or name
-    if not path.is_file() and tag in open_clip.list_pretrained_tags_by_model(model_name):
-        return build_model(model_name, tag)
+    if model_and_tag := tag_of(source, name):
+        return build_model(*model_and_tag)
     if (path / "open_clip_config.json").exists():
         source = f"local-dir:{path}"
     if source.startswith(("hf-hub:", "local-dir:")):
         return build_model(source)
-    if not path.exists():
-        raise BadInput(f"{source} is not a file, and not a TAG or MODEL/TAG of open_clip's weights")
     with one_line_errors(f"{path} is not a checkpoint of {name}"):
         content = files.read_weights(path)
         if "config" in content and isinstance(content.get("model"), str):
@@ -627,6 +626,20 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
             )
         files.load_weights(loaded.model, content)
     return loaded
+
+
+def tag_of(source: str, name: str) -> tuple[str, str] | None:
+    """(model, tag) if `source` is a tag of open_clip's weights for `name`, or MODEL/TAG."""
+    model_name, _, tag = source.rpartition("/")
+    model_name = model_name or name
+    is_tag = tag in open_clip.list_pretrained_tags_by_model(model_name)
+    return (model_name, tag) if is_tag and not Path(source).is_file() else None
+
+
+def check_source(source: str, name: str) -> None:
+    """Raise BadInput if load_model does not know what `source` is. Nothing is read for that."""
+    if not tag_of(source, name) and not source.startswith("hf-hub:") and not Path(source).exists():
+        raise BadInput(f"{source} is not a file, and not a TAG or MODEL/TAG of open_clip's weights")
 
 
 def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
@@ -653,7 +666,7 @@ def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:
     what = f"{name} {tag}" if tag else name
     has_weights = name.startswith(("hf-hub:", "local-dir:"))
     known_as = name  # what open_clip calls it
-    with one_line_errors(f"{what} is not a model that open_clip can build (offline: name a file)"):
+    with one_line_errors(f"{what} cannot be had from open_clip (offline: name a file)"):
         if config:  # open_clip learns it from a file; the digest tells it from others of this name
             known_as = f"{name}-{files.sha256(json.dumps(config))[:8]}"
             with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import files
-from ce_clip import DEFAULT_MODEL, Loaded, encode_text, load_model
+from ce_clip import DEFAULT_MODEL, Loaded, check_source, encode_text, load_model
 from files import BadInput, ImagePart, at_least, one_line_errors
 
 # An item: an ImagePart, its true and its false caption. A group (a subset, a relation, a kind) has
@@ -475,7 +475,7 @@ def retrieval(scorer: Scorer, args: Namespace, log: Log, of_coco: bool = False) 
     if of_coco:
         folder, splits = args.data_root / "coco", []
         captions = folder / "annotations/coco_karpathy_test.json"
-    if log.note_if_absent(captions):
+    if of_coco and log.note_if_absent(captions):
         return {}
     records = files.read_captions(captions, splits)
     images = [files.image_part(record, folder) for record in records]
@@ -609,8 +609,8 @@ def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent
         for column, cell in cells.items():
             table[row][column] = cell
             table[f"{row}, blind"][column] = Cell(cell.blind)
-            if cell.blind is not None:
-                table[f"{row}, grounded gain"][column] = f"{cell.value - cell.blind:+.1f}"
+            gain = "" if cell.blind is None else f"{cell.value - cell.blind:+.1f}"
+            table[f"{row}, grounded gain"][column] = gain
             table[f"{row}, looking"][column] = Cell(cell.looking)
             before = rows[base][column].value if base and row != base else None
             if before is not None and cell.value is not None:
@@ -649,7 +649,7 @@ def checkpoints(args: Namespace) -> Iterator[tuple[str, Loaded]]:
         for a in args.wise:
             base = load_model(args.base, args.model)
             if base.config != tuned.config:
-                raise BadInput(f"--wise: the base is a {base.name}, the checkpoint a {tuned.name}")
+                raise BadInput(f"--wise: {args.base} and {source} have different model configs")
             weights = tuned.model.state_dict()
             for name, weight in base.model.state_dict().items():
                 if weight.is_floating_point():
@@ -710,6 +710,8 @@ def main() -> None:
     args = parse_args()
     if args.image:
         return describe(args)
+    for source in [*args.ckpt, args.base or args.ckpt[0]]:  # before hours of work
+        check_source(source, args.model)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     results = {name: {} for name in args.bench}  # benchmark -> row -> column -> cell
@@ -733,7 +735,7 @@ def main() -> None:
     if not scored:
         raise BadInput("nothing was scored")
     if args.out:
-        settings = {key: str(value) for key, value in vars(args).items()}
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         content = json.dumps({"settings": settings, "benchmarks": results}, indent=1, default=vars)
         outputs = {"results.json": content, "results.md": text, "items.jsonl": "\n".join(lines)}
         for name, output in outputs.items():

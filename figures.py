@@ -141,6 +141,8 @@ def draw_runs(benchmarks: dict[str, dict], out: Path) -> None:
                 for measure, name in ((ACCURACY, "value"), (BLIND, "blind"), (LOOKING, "looking")):
                     if cell.get(name) is not None:
                         lines.append(line | {"measure": measure, "mean": cell[name]})
+    if not lines:
+        print("no Fig. 4 to 6: no average of a benchmark has a value")
     draw_accuracies(lines, out)
     for folder in {Path(row).parent for rows in benchmarks.values() for row in rows}:
         if (folder / "log.jsonl").exists():  # a run of ce_clip.py
@@ -163,7 +165,8 @@ def draw_items(items: list[dict], out: Path) -> None:
         image = ImagePart(*item["image"])
         image = image._replace(box=image.box and tuple(image.box))
         name, answer = short(item["row"]), "right" if item["right"] else "wrong"
-        decided[image, item["positive"], item["negative"]][answer].append(name)
+        pair = (item["benchmark"], image, item["positive"], item["negative"])
+        decided[pair][answer].append(name)
         if item["benchmark"] in ("aro", "pairs"):
             for what in ("similarity", "gap"):
                 values[item["benchmark"], what, name].append(100 * item[what])
@@ -175,11 +178,14 @@ def draw_items(items: list[dict], out: Path) -> None:
     for benchmark, panels in figures.items():
         bars(out / f"fig8-{benchmark}.png", COSINE, panels, {}, "99 % bootstrap interval")
     sheet = []
-    for (image, positive, negative), rows in decided.items():
+    for (_, image, positive, negative), rows in decided.items():
         if rows["right"] and rows["wrong"]:
             lines = [(f"{answer}: {', '.join(of)}", "gray") for answer, of in rows.items()]
             sheet.append((image, [(positive, GREEN), (negative, RED), *lines]))
-    image_sheet(out / "fig9-10.png", sheet)
+    if sheet:
+        image_sheet(out / "fig9-10.png", sheet)
+    else:
+        print("no Fig. 9 and 10: there is no item on which the checkpoints disagree")
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -253,6 +259,10 @@ def main() -> None:
     p.add_argument("--sample", type=int, default=20, help="negatives of a kind on the page")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
     args = p.parse_args()
+    if not (args.results or args.csv or args.negatives):
+        p.error("it needs one of --results, --csv and --negatives")
+    if args.out.suffix == ".html" and not args.negatives:
+        p.error("a page.html shows --negatives")
     if args.out.suffix == ".html":
         records = read_lines(args.negatives)
         write_page(records, args.images, args.out, args.sample, args.seed)

@@ -112,7 +112,7 @@ def run_main(main: Callable[[], None]) -> None:
     if debug:
         sys.argv.remove("--debug")
     else:
-        logging.disable(logging.WARNING)  # warnings of open_clip, transformers and the hub
+        logging.disable(logging.ERROR)  # what open_clip, transformers and the hub say besides
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
             sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     try:
@@ -755,6 +755,8 @@ def newest_state(folder: Path, settings: dict, resume: bool) -> dict | None:
         if differ:
             raise BadInput(f"{folder} was begun with {', '.join(differ)}: resume with the same")
     elif any(folder.glob("*.pt")):
+        if resume:
+            raise BadInput(f"{folder} holds checkpoints, but none of ours: give another --out")
         raise BadInput(f"{folder} holds checkpoints: --resume a run of ours, or give another --out")
     return newest
 

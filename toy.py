@@ -342,7 +342,7 @@ def save_model_config(folder: Path) -> None:
     words.post_processor = processors.TemplateProcessing("[START] $A [END]", special_tokens=ends)
     saved = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     saved.save_pretrained(folder / "tokenizer")
-    text = TEXT | {"hf_tokenizer_name": str(folder / "tokenizer")}
+    text = TEXT | {"hf_tokenizer_name": str((folder / "tokenizer").resolve())}
     (folder / "model.json").write_text(json.dumps(MODEL | {"text_cfg": text}, indent=1))
 
 

@@ -659,7 +659,8 @@ def test_zero_shot_by_hand(place, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (f"{ONE} none.pt --bench sugarcrepe", "none.pt is "),
+        (f"{ONE} none.pt --bench sugarcrepe", "none.pt is not a file, and not a TAG"),
+        (f"{ONE} --captions none.json", "none.json: No such file"),
         ("text.pt --bench sugarcrepe", "features that are not finite: the checkpoint is broken"),
         ("image.pt --bench sugarcrepe", "features that are not finite: the checkpoint is broken"),
         (f"{ONE} --pairs none --images .", "none: No such file"),
@@ -675,7 +676,7 @@ def test_zero_shot_by_hand(place, tmp_path):
         (f"{ONE} --data-root bad --bench winoground", "examples.jsonl, line 2: it is not UTF-8"),
         (f"{ONE} --data-root bad --bench vlc", "vlc has a file of another form (docs/benchmarks.m"),
         (f"{ONE} --data-root bad --bench zeroshot", "eurosat/test/nshards.txt: No such file"),
-        (f"{TWO} --base {ONE} --wise 1", "--wise: the base is a tiny-eval, the checkpoint a other"),
+        (f"{TWO} --base {ONE} --wise 1", f"--wise: {ONE} and {TWO} have different model"),
         (f"{ONE} --image a.jpg", "--image goes together with --texts"),
         (f"{ONE} --wise 0.5", "--wise needs --base"),
         (f"{ONE} --split test", "--split goes together with --captions"),

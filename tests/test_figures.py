@@ -75,7 +75,7 @@ def test_figures_of_results(draw, tmp_path, capsys, monkeypatch):
             item |= {"image": [f"{tmp_path}/1.png", [5, 5, 20, 20]], "similarity": 0.75}
             item |= {"gap": value / 64, "right": name == "full" or negative == "a cat"}
             items.append(item | {"benchmark": "pairs"})
-        items.append(items[-2] | {"benchmark": "valse"})
+        items.append(items[-1] | {"benchmark": "valse"})  # the same pair in another benchmark
     Image.effect_noise((40, 30), 50).save(tmp_path / "1.png")
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     (tmp_path / "results.json").write_text(json.dumps({"benchmarks": {"pairs": rows}}))
@@ -92,8 +92,16 @@ def test_figures_of_results(draw, tmp_path, capsys, monkeypatch):
     assert [list(line.get_ydata()) for line in losses.lines] == [[4, 3], [2, 2], [1, 2]]
     assert [list(line.get_ydata()) for line in thresholds.lines] == [[0.5, 0.5]]
     assert losses.get_xlabel() == "training step" and "in logits" in thresholds.get_ylabel()
-    [axes] = drawn["fig9-10.png"]  # the one item on which the rows disagree
-    assert texts(axes.texts) == ["a dog", "a cow", "right: full/epoch_5", "wrong: plain/epoch_5"]
+    expected = ["a dog", "a cow", "right: full/epoch_5", "wrong: plain/epoch_5"]
+    for axes in drawn["fig9-10.png"]:  # the items on which the rows disagree
+        assert texts(axes.texts) == expected
+    del drawn["fig9-10.png"]
+    (tmp_path / "items.jsonl").write_text(json.dumps(items[0]))
+    assert "fig9-10.png" not in draw("--results", tmp_path)
+    assert "there is no item on which the checkpoints disagree" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        draw("--images", tmp_path)
+    assert "it needs one of --results, --csv and --negatives" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         draw("--results", tmp_path)

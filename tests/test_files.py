@@ -446,7 +446,7 @@ def test_a_folder_of_open_clip_brings_its_config(tmp_path, world):
     folder.mkdir()
     content = {"model_cfg": config, "preprocess_cfg": pixels}
     (folder / "open_clip_config.json").write_text(json.dumps(content))
-    with pytest.raises(BadInput, match="mine is not a model that open_clip can build .*weights"):
+    with pytest.raises(BadInput, match="mine cannot be had from open_clip .*weights"):
         ce_clip.load_model(str(folder))
     source = ce_clip.build_model("x", None, config, {f"image_{k}": pixels[k] for k in pixels})
     torch.nn.init.normal_(source.model.visual.proj)

@@ -76,7 +76,7 @@ def test_openai_weights_always_get_quickgelu(monkeypatch, tmp_path):
     (tmp_path / "openai").mkdir()  # a folder does not hide a tag
     assert asks("openai") == asks("openai", "ViT-B-32") == "ViT-B-32-quickgelu openai!"
     assert asks("ViT-L-14/openai") == "ViT-L-14-quickgelu openai!"
-    with pytest.raises(BadInput, match="^hf-hub: is not a model that open_clip can build"):
+    with pytest.raises(BadInput, match="^hf-hub: cannot be had from open_clip"):
         ce_clip.load_model("hf-hub:")
     other = "ViT-B-32 laion2b_e16!"
     assert asks("laion2b_e16", "ViT-B-32") == asks("ViT-B-32/laion2b_e16") == other
@@ -497,7 +497,7 @@ def test_a_run_of_other_settings_or_captions_is_not_resumed(world, uninterrupted
     train(moved, copied, *more)  # those may differ; it does nothing, because the run is done
     lines = (world / "negatives.jsonl").read_text()
     (moved / "negatives.jsonl").write_text(lines.replace("eats", "sees", 1))
-    assert "run was begun with captions [[24, " in refused(moved, copied, *more)
+    assert "run was begun with captions ['24, sha256 " in refused(moved, copied, *more)
     same_run(uninterrupted, copied)
     for name in ("epoch_8.pt", "log.jsonl"):  # a lost log begins anew
         (copied / name).unlink()
@@ -571,15 +571,15 @@ MISTAKES = {
     "--threshold nan": "argument --threshold: nan is not",
     "--losses hn": "invalid choice: 'hn'",
     "--kinds verb": "invalid choice: 'verb'",
-    "--model nothing": "nothing is not a model that open_clip can build (offline: name a file",
+    "--model nothing": "nothing cannot be had from open_clip (offline: name a file",
     "--model none.json": "none.json: No such file or directory",
-    "--model {}/odd.json": " is not a model that open_clip can build (offline: name a file): ",
+    "--model {}/odd.json": " cannot be had from open_clip (offline: name a file): ",
     "--pretrained x.pt": "x.pt is not a file, and not a TAG or MODEL/TAG of open_clip's weights",
     "--pretrained {}/other": ": it has none of open_clip_model.safetensors, open_clip_pytorch",
     "--out {}/empty.jsonl": "empty.jsonl: File exists",
     "--out {}/open_clip": "open_clip holds checkpoints: --resume a run of ours, or give another",
-    "--out {}/open_clip --resume": "open_clip holds checkpoints: --resume a run of ours",
-    "--out {}/other --resume": "other holds checkpoints: --resume a run of ours",
+    "--out {}/open_clip --resume": "open_clip holds checkpoints, but none of ours: give ano",
+    "--out {}/other --resume": "other holds checkpoints, but none of ours: give another --out",
     "--micro-batch -1": "--micro-batch",
     "--workers -1": "--workers",
     "--lr 1e30 --warmup 0": 'the loss is not finite: {"step": ',
