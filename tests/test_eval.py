@@ -548,6 +548,13 @@ def test_command_on_every_benchmark(score, monkeypatch):
         assert saved["vlc"][ONE]["Avg"].total == count
 
 
+def test_all_checkpoints_are_looked_for_before_one_is_scored(score, monkeypatch):
+    monkeypatch.setattr(eval_bench, "load_model", None)  # it is not called
+    for more in ("none.pt", f"--base none.pt --wise 1 --ckpt {TWO}"):
+        with pytest.raises(SystemExit, match="none.pt is not a file, and not a TAG"):
+            score(f"--ckpt {ONE} {more}")
+
+
 def test_wise_ft_lies_between_base_and_checkpoint(place, monkeypatch):
     monkeypatch.chdir(place)
     torch.manual_seed(3)

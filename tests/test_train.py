@@ -494,7 +494,8 @@ def test_a_run_of_other_settings_or_captions_is_not_resumed(world, uninterrupted
     assert message.endswith("run was begun with alpha 0.2: resume with the same")
     moved = Path(shutil.copytree(world, tmp_path / "moved"))
     more = [*LONG, "--model", world / "tiny.json", "--micro-batch", 2, "--grad-checkpointing"]
-    train(moved, copied, *more)  # those may differ; it does nothing, because the run is done
+    code, output = run(tiny(moved, copied, *more))  # those may differ; it does nothing
+    assert code == 0 and f"{copied} is finished: it has made all of its 24 steps" in output
     lines = (world / "negatives.jsonl").read_text()
     (moved / "negatives.jsonl").write_text(lines.replace("eats", "sees", 1))
     assert "run was begun with captions ['24, sha256 " in refused(moved, copied, *more)
