@@ -638,7 +638,8 @@ def tag_of(source: str, name: str) -> tuple[str, str] | None:
 
 def check_source(source: str, name: str) -> None:
     """Raise BadInput if load_model does not know what `source` is. Nothing is read for that."""
-    if not tag_of(source, name) and not source.startswith("hf-hub:") and not Path(source).exists():
+    by_open_clip = tag_of(source, name) or source.startswith(("hf-hub:", "local-dir:"))
+    if not by_open_clip and not Path(source).exists():
         raise BadInput(f"{source} is not a file, and not a TAG or MODEL/TAG of open_clip's weights")
 
 
