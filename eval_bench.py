@@ -570,6 +570,7 @@ OWN_DATA = {  # --pairs and --captions
     "pairs": ("Generated negatives", generated_negatives),
     "captions": ("Retrieval", retrieval),
 }
+TABLES = BENCHMARKS | OWN_DATA
 TABLE_5 = ["aro Relation", "aro Attribution", "valse Avg 11 files", "valse Avg 9 columns"]
 TABLE_5 += ["vlc Avg", "sugarcrepe Avg", "coco T2I R@5", "coco I2T R@5", "zeroshot ELEVATER 19"]
 TABLE_5 += ["zeroshot imagenet1k", "pairs mean", "captions T2I R@5", "captions I2T R@5"]
@@ -596,9 +597,8 @@ def paper_rows(benchmark: str) -> dict[str, dict[str, Cell]]:
 
 def report(name: str, rows: dict[str, dict[str, Cell]], base: str | None, absent: list[str]) -> str:
     """A benchmark's table: the paper's rows, ours, and their differences from the base."""
-    title = "Gain and forgetting (Table 5; the paper: ELEVATER over 20 sets)"
-    if name != "table_5":
-        title, _ = (BENCHMARKS | OWN_DATA)[name]
+    table_5_title = "Gain and forgetting (Table 5; the paper: ELEVATER over 20 sets)"
+    title, _ = TABLES.get(name, (table_5_title, None))
     lacking = "; ".join(absent[:2])
     lacking += f" and {len(absent) - 2} more" if absent[2:] else ""
     if not any(cell.scored for cells in rows.values() for cell in cells.values()):
@@ -675,13 +675,7 @@ def parse_args() -> Namespace:
     add("--model", default=DEFAULT_MODEL, help="model of tags and third-party files [Sec. 4.1]")
     add("--base", help="checkpoint or tag before fine-tuning: differences from it are shown")
     add("--wise", nargs="+", type=at_least(0.0), default=[], help="WiSE-FT: (1-a)*base + a*ckpt")
-    add(
-        "--bench",
-        nargs="+",
-        choices=BENCHMARKS,
-        default=[],
-        help="[all; none with --pairs, --captions]",
-    )
+    add("--bench", nargs="+", choices=BENCHMARKS, default=[], help="[all; none with --pairs ...]")
     add("--data-root", type=Path, default="data", help="folder of the benchmarks")
     add("--vlc-rows", type=at_least(0), default=1000, help="first rows of a VLC file; 0: all")
     add("--pairs", type=Path, help="score the kinds of a .jsonl of negatives.py")
@@ -721,7 +715,7 @@ def main() -> None:
         for name in args.bench:
             log = Log(args.blind)
             with one_line_errors(f"{name} has a file of another form (docs/benchmarks.md)"):
-                _, score = (BENCHMARKS | OWN_DATA)[name]
+                _, score = TABLES[name]
                 results[name][row] = score(scorer, args, log)
             scored += sum(cell.scored for cell in results[name][row].values())
             absent[name] = list(log.absent)  # the same for every checkpoint

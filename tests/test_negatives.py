@@ -134,12 +134,12 @@ def test_what_is_not_masked():
         ("number", "Two zebras graze with a fence in between", {"Two"}),
         ("action", "A man who sits sees a parked car", {"A man who _ sees a parked car"}),
         ("number", "Cars between two dogs eat two pieces of cake with three cats", {"three"}),
-        ("number", "One dog eats at 4:21 in 1929 beside 12 cats and 8 cows", {"8"}),
+        ("number", "One dog eats at 4:21 in 1929 beside 12 cats", set()),
     ]
     for kind, text, expected in cases:
         chosen = [negatives.choose_masked_word(tag(text), kind, random) for _ in range(20)]
         if kind == "number":
-            assert {words[i].text for words, i in chosen} == expected
+            assert {masked[0][masked[1]].text for masked in chosen if masked} == expected
         else:
             assert {text_with(*masked, "_") for masked in chosen if masked} == expected
 
