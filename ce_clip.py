@@ -603,9 +603,8 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
     """A model with its weights. `source` is a tag of open_clip's weights for the model `name`, or
     MODEL/TAG, hf-hub:ORG/REPO, a file or a folder: see "Which checkpoints" in docs/benchmarks.md. A
     file of ours knows its model, and then `name` is not looked at."""
-    check_source(source, name)
     path = Path(source)
-    if model_and_tag := tag_of(source, name):
+    if model_and_tag := find_tag(source, name):
         return build_model(*model_and_tag)
     if (path / "open_clip_config.json").exists():
         source = f"local-dir:{path}"
@@ -628,19 +627,16 @@ def load_model(source: str, name: str = DEFAULT_MODEL) -> Loaded:
     return loaded
 
 
-def tag_of(source: str, name: str) -> tuple[str, str] | None:
-    """(model, tag) if `source` is a tag of open_clip's weights for `name`, or MODEL/TAG."""
+def find_tag(source: str, name: str) -> tuple[str, str] | None:
+    """(model, tag) if `source` is a tag of open_clip's weights for `name`, or MODEL/TAG. Raises
+    BadInput if it is nothing that load_model knows; nothing is read for that."""
     model_name, _, tag = source.rpartition("/")
     model_name = model_name or name
-    is_tag = tag in open_clip.list_pretrained_tags_by_model(model_name)
-    return (model_name, tag) if is_tag and not Path(source).is_file() else None
-
-
-def check_source(source: str, name: str) -> None:
-    """Raise BadInput if load_model does not know what `source` is. Nothing is read for that."""
-    by_open_clip = tag_of(source, name) or source.startswith(("hf-hub:", "local-dir:"))
-    if not by_open_clip and not Path(source).exists():
+    if not Path(source).is_file() and tag in open_clip.list_pretrained_tags_by_model(model_name):
+        return model_name, tag
+    if not source.startswith(("hf-hub:", "local-dir:")) and not Path(source).exists():
         raise BadInput(f"{source} is not a file, and not a TAG or MODEL/TAG of open_clip's weights")
+    return None
 
 
 def build_model(name: str, tag=None, config=None, preprocess=None) -> Loaded:

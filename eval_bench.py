@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import files
-from ce_clip import DEFAULT_MODEL, Loaded, check_source, encode_text, load_model
+from ce_clip import DEFAULT_MODEL, Loaded, encode_text, find_tag, load_model
 from files import BadInput, ImagePart, at_least, one_line_errors
 
 # An item: an ImagePart, its true and its false caption. A group (a subset, a relation, a kind) has
@@ -704,8 +704,8 @@ def main() -> None:
     args = parse_args()
     if args.image:
         return describe(args)
-    for source in [*args.ckpt, args.base or args.ckpt[0]]:  # before hours of work
-        check_source(source, args.model)
+    for source in [*args.ckpt, args.base or args.ckpt[0]]:
+        find_tag(source, args.model)  # a misspelt name ends here, not after hours of work
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     results = {name: {} for name in args.bench}  # benchmark -> row -> column -> cell
